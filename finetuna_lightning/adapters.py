@@ -1,0 +1,441 @@
+"""Adapters, and the bank that holds them beside the backbone they share.
+
+The bank owns the adapters and the backbone owns none: adding or removing one registers nothing in the backbone, whose
+layers only gain or lose a forward that asks the bank."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetuna_lightning.configs import ALL_LINEAR, check_adapter_name
+from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
+from finetuna_lightning.nn.lora import Delta, LoRAEmbedding, LoRALinear
+from finetuna_lightning.nn.quantized import QuantizedLinear, dequantize_, is_conv1d
+from finetuna_lightning.nn.routing import (
+    Route,
+    is_routed,
+    route_,
+    routed,
+    unroute_,
+)
+from finetuna_lightning.peft_io import AdapterFolder, load_folder, save_folder
+from finetuna_lightning.seeds import stream_seed
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
+_EXPERT_NAMES = {"experts", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
+
+
+# ---- naming modules -------------------------------------------------------------------------------------------------
+
+
+def can_carry_delta(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer, a ``Conv1D`` or an embedding that its parent calls."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether ``pattern`` names ``path``: the full path, a suffix of whole components, or a regular expression for all
+    of it."""
+    if _PLAIN_NAME.fullmatch(pattern) and (path == pattern or path.endswith("." + pattern)):
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is neither a module's name nor a regular expression: {error}") from None
+
+
+def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules that ``pattern`` names, each once, under its first path in ``model``."""
+    first = {id(module): path for path, module in model.named_modules()}
+    found = (m for path, m in model.named_modules(remove_duplicate=False) if path and matches(pattern, path))
+    return {first[id(module)]: module for module in found}
+
+
+def _no_match(model: nn.Module, pattern: str, wanted: str) -> TargetError:
+    experts = [path for path, p in model.named_parameters() if p.dim() == 3]
+    if experts and pattern.rsplit(".", 1)[-1] in _EXPERT_NAMES:
+        return TargetError(
+            f"{pattern!r} names expert weights, which are one 3-D parameter ({experts[0]}) and no linear layers: deltas on "
+            "experts are not supported; target the attention projections instead"
+        )
+    names = {part for path, m in model.named_modules() if can_carry_delta(m) for part in (path.rsplit(".", 1)[-1], path)}
+    short = sorted({path.rsplit(".", 1)[-1] for path in names if not path.rsplit(".", 1)[-1].isdigit()})
+    return TargetError(f"no {wanted} matches {pattern!r}{did_you_mean(pattern, names)} (there are: {', '.join(short)})")
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The language-model head, where the model names one (transformers' ``get_output_embeddings``)."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def resolve_targets(model: nn.Module, patterns: Sequence[str], excluded: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The layers that ``patterns`` name, by path, in the model's order.
+
+    Args:
+        model: the backbone, also on the meta device.
+        patterns: suffixes, full paths, regular expressions, or ``all-linear``: every linear layer but the output head.
+        excluded: paths of modules trained in full; what lies in them is not part of ``all-linear``.
+
+    Raises:
+        TargetError: when one of the patterns matches no layer that can carry a delta.
+    """
+    found: set[int] = set()
+    for pattern in patterns:
+        if pattern == ALL_LINEAR:
+            head = output_head(model)
+            layers = {
+                path: module
+                for path, module in model.named_modules()
+                if can_carry_delta(module)
+                and not isinstance(module, nn.Embedding)
+                and module is not head
+                and not any(path == name or path.startswith(name + ".") for name in excluded)
+            }
+        else:
+            everything = match_modules(model, pattern)
+            layers = {path: module for path, module in everything.items() if can_carry_delta(module)}
+            if everything and not layers:
+                path, module = next(iter(everything.items()))
+                inside = sorted({p.rsplit(".", 1)[-1] for p, m in module.named_modules() if p and can_carry_delta(m)})
+                experts = any(p.dim() == 3 for p in module.parameters())
+                if experts:
+                    raise _no_match(model, "experts", "layer")
+                raise TargetError(
+                    f"{pattern!r} names {path!r}, a {type(module).__name__}, which is no linear layer or embedding"
+                    + (f"; inside it are: {', '.join(inside)}" if inside else "")
+                )
+        if not layers:
+            raise _no_match(model, pattern, "layer")
+        found |= {id(module) for module in layers.values()}
+    return {path: module for path, module in model.named_modules() if id(module) in found}
+
+
+def resolve_plain(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules trained in full that ``patterns`` name, by path; outermost only.
+
+    Raises:
+        TargetError: when one of the patterns matches nothing.
+    """
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        modules = match_modules(model, pattern)
+        if not modules:
+            raise _no_match(model, pattern, "module")
+        found |= modules
+    return {p: m for p, m in found.items() if not any(p != q and p.startswith(q + ".") for q in found)}
+
+
+# ---- one adapter ----------------------------------------------------------------------------------------------------
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "/")  # a ModuleDict's keys have no dots
+
+
+def _path(key: str) -> str:
+    return key.replace("/", ".")
+
+
+class Adapter(nn.Module):
+    """Everything that one fine-tune owns: its deltas and its private copies of modules trained in full.
+
+    Made by ``AdapterBank.add``.
+
+    Args:
+        name: of the adapter in its bank.
+        rank, alpha, dropout, bias: of every delta.
+        seed: of its random streams.
+    """
+
+    def __init__(self, name: str, rank: int, alpha: float, dropout: float, bias: bool, seed: int) -> None:
+        super().__init__()
+        self.name, self.rank, self.alpha, self.dropout, self.bias, self.seed = name, rank, alpha, dropout, bias, seed
+        self.calls = 0  # forward passes in training: the position in the dropout stream
+        self.target_modules: list[str] = []  # as a PEFT reader should be told
+        self.plain_modules: list[str] = []
+        self.origin: dict[str, str | None] = {"task": None, "backbone": None, "revision": None, "fingerprint": None}
+        self.conv1d = False
+        self.deltas = nn.ModuleDict()
+        self.plain = nn.ModuleDict()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this adapter's weights."""
+        return tensor_bytes(self)
+
+    def folder(self) -> AdapterFolder:
+        """This adapter as PEFT's files hold it. The tensors are the adapter's own, not copies."""
+        plain: dict[str, Tensor] = {}
+        for key, module in self.plain.items():
+            transposed = {path for path, m in module.named_modules() if getattr(m, "finetuna_conv1d", False)}
+            for name, tensor in module.state_dict().items():
+                owner, _, leaf = name.rpartition(".")
+                turned = leaf == "weight" and owner in transposed
+                plain[f"{_path(key)}.{name}"] = tensor.t() if turned else tensor
+        deltas = {_path(key): dict(delta.named_parameters()) for key, delta in self.deltas.items()}
+        return AdapterFolder(
+            rank=self.rank, alpha=self.alpha, dropout=self.dropout, bias=self.bias,
+            target_modules=self.target_modules, plain_modules=self.plain_modules, deltas=deltas, plain=plain,
+            task=self.origin["task"], backbone=self.origin["backbone"], revision=self.origin["revision"],
+            fingerprint=self.origin["fingerprint"], fan_in_fan_out=self.conv1d,
+        )  # fmt: skip
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write this adapter as a PEFT folder, beside and renamed. Returns the folder's path."""
+        return save_folder(path, self.folder())
+
+    def load_folder(self, folder: AdapterFolder) -> None:
+        """Take the weights of ``folder``.
+
+        Raises:
+            CheckpointError: when its tensors are not exactly this adapter's, in name and shape. Nothing is changed then.
+        """
+        mine, theirs = _flat(self.folder()), _flat(folder)
+        missing, unexpected = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+        shapes = [
+            f"{k} is {tuple(theirs[k].shape)}, not {tuple(mine[k].shape)}"
+            for k in sorted(mine.keys() & theirs.keys())
+            if mine[k].shape != theirs[k].shape
+        ]
+        if missing or unexpected or shapes:
+            raise CheckpointError(
+                f"the folder does not hold adapter {self.name!r}: missing {missing}, unexpected {unexpected}, "
+                f"shapes {shapes}"
+            )
+        with torch.no_grad():
+            for key, tensor in mine.items():
+                tensor.copy_(theirs[key])
+
+
+def _flat(folder: AdapterFolder) -> dict[str, Tensor]:
+    return folder.plain | {f"{path}.{part}": t for path, parts in folder.deltas.items() for part, t in parts.items()}
+
+
+def tensor_bytes(*modules: nn.Module) -> int:
+    """Bytes of all distinct storages among the parameters and buffers of ``modules``."""
+    seen: dict[tuple[torch.device, int], int] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device.type != "meta":
+                seen[tensor.device, tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(seen.values())
+
+
+# ---- the bank -------------------------------------------------------------------------------------------------------
+
+
+class AdapterBank(nn.ModuleDict):
+    """The adapters of one backbone: a ``ModuleDict`` with one child for each fine-tune.
+
+    Args:
+        backbone: any module; its parameters are frozen. The bank refers to it and does not own it.
+        origin: what saved adapters say they were trained over: ``task``, ``backbone``, ``revision``, ``fingerprint``.
+
+    Example:
+        bank = AdapterBank(model)
+        bank.add("sql", rank=8, targets=["q_proj", "v_proj"])
+        with bank.route(["sql", "sql"]):        # two rows
+            logits = model(input_ids).logits
+    """
+
+    backbone: nn.Module
+
+    def __init__(self, backbone: nn.Module, origin: dict[str, str | None] | None = None) -> None:
+        super().__init__()
+        self.__dict__["backbone"] = backbone  # by reference: not a child
+        self.origin = origin or {"task": None, "backbone": None, "revision": None, "fingerprint": None}
+        self.default_route: str | None = None
+        if any(is_routed(module) for module in backbone.modules()):
+            raise ConfigError("this backbone has a bank already: add the adapters to that one")
+        backbone.requires_grad_(False)
+
+    def add(
+        self,
+        name: str,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: bool = False,
+        targets: Sequence[str] = (ALL_LINEAR,),
+        plain: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Adapter:
+        """Add an adapter to the live bank; its weights stand where its layers' do.
+
+        Raises:
+            ConfigError: for a name that is taken or not allowed, or a rank larger than a target layer.
+            TargetError: for a pattern that matches nothing, or a module both adapted and trained in full.
+        """
+        check_adapter_name(name)
+        if name in self:
+            raise ConfigError(f"there is already an adapter {name!r}")
+        if any(name in path.split(".") for path, _ in self.backbone.named_modules()):
+            raise ConfigError(f"adapter name {name!r} is the name of a backbone module; '{name}_adapter' would work")
+        plain_paths = resolve_plain(self.backbone, plain)
+        target_paths = resolve_targets(self.backbone, targets, plain_paths) if targets else {}
+        check_fit(rank, target_paths, plain_paths)
+        adapter = Adapter(name, rank, alpha, dropout, bias, seed)
+        adapter.origin = dict(self.origin)
+        adapter.target_modules = self._short_names(target_paths)
+        adapter.plain_modules = sorted(plain_paths)
+        adapter.conv1d = any(is_conv1d(m) or getattr(m, "conv1d", False) for m in target_paths.values())
+        for path, module in target_paths.items():
+            adapter.deltas[_key(path)] = self._new_delta(adapter, path, module)
+        for path, module in plain_paths.items():
+            adapter.plain[_key(path)] = self._private_copy(adapter, path, module)
+        self[name] = adapter
+        self._route_layers()
+        return adapter
+
+    def load(self, name: str, path: str | Path, seed: int = 0) -> Adapter:
+        """Add an adapter from a PEFT folder.
+
+        Raises:
+            CheckpointError: when a tensor is missing, left over, of another shape or not finite, or the folder says that
+                it was trained over another backbone.
+        """
+        folder = load_folder(path)
+        known, given = self.origin.get("fingerprint"), folder.fingerprint
+        if known and given and known != given:
+            raise CheckpointError(
+                f"{path} was trained over backbone {folder.backbone} (fingerprint {given}), but this one is "
+                f"{self.origin.get('backbone')} (fingerprint {known})"
+            )
+        lost = [key for key in folder.deltas if key not in dict(self.backbone.named_modules(remove_duplicate=False))]
+        if lost:
+            raise CheckpointError(f"{path} has deltas for modules that this backbone lacks: {lost}")
+        adapter = self.add(
+            name, rank=folder.rank, alpha=folder.alpha, dropout=folder.dropout, bias=folder.bias,
+            targets=list(folder.deltas), plain=folder.plain_modules, seed=seed,
+        )  # fmt: skip
+        try:
+            adapter.load_folder(folder)
+        except CheckpointError:
+            self.remove(name)
+            raise
+        return adapter
+
+    def remove(self, name: str) -> Adapter:
+        """Take an adapter out of the live bank; layers that no other one changes get their plain forward back."""
+        if name not in self:
+            raise ConfigError(f"there is no adapter {name!r}{did_you_mean(name, self)}")
+        adapter = self[name]
+        del self._modules[name]
+        self._route_layers()
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def adapters(self) -> Iterator[Adapter]:
+        """The adapters, in the order in which they were added."""
+        for module in self.values():
+            assert isinstance(module, Adapter)
+            yield module
+
+    def route(self, names: Sequence[str], *, training: bool = False) -> AbstractContextManager[None]:
+        """Within, row i of every batch belongs to adapter ``names[i]``. ``training`` turns the adapters' dropout on."""
+        return self.follow(Route.of_rows(names), training=training)
+
+    def follow(self, route: Route, *, training: bool = False) -> AbstractContextManager[None]:
+        """As ``route``, for a route made by hand."""
+        for name in set(route.names):
+            if name not in self:
+                raise ConfigError(f"there is no adapter {name!r}{did_you_mean(name, self)} (there are: {', '.join(self)})")
+        if training:
+            seeds = {name: self._dropout_seed(name) for name in dict.fromkeys(route.names)}
+            route = Route(route.names, route.rows, seeds)
+        return routed(self, route)
+
+    def bare(self) -> AbstractContextManager[None]:
+        """Within, no adapter acts: the backbone alone."""
+        return routed(self, None)
+
+    @property
+    def backbone_nbytes(self) -> int:
+        """Bytes of the backbone's weights, each storage once."""
+        return tensor_bytes(self.backbone)
+
+    def delta(self, name: str, path: str) -> Delta | None:
+        """The delta of adapter ``name`` on layer ``path``."""
+        deltas = self._modules[name].deltas._modules  # type: ignore[union-attr]
+        return deltas.get(_key(path))  # type: ignore[return-value, union-attr, operator]
+
+    def plain_copy(self, name: str, path: str) -> nn.Module | None:
+        """The private copy that adapter ``name`` trains of module ``path``."""
+        copies = self._modules[name].plain._modules  # type: ignore[union-attr]
+        return copies.get(_key(path))  # type: ignore[return-value, union-attr, operator]
+
+    def _dropout_seed(self, name: str) -> int:
+        adapter: Adapter = self[name]  # type: ignore[assignment]
+        adapter.calls += 1
+        return stream_seed(adapter.seed, "dropout", adapter.calls)
+
+    def _new_delta(self, adapter: Adapter, path: str, module: nn.Module) -> Delta:
+        generator = torch.Generator().manual_seed(stream_seed(adapter.seed, "init", path))
+        delta: Delta
+        if isinstance(module, nn.Embedding):
+            delta = LoRAEmbedding(module.num_embeddings, module.embedding_dim, adapter.rank, adapter.alpha, generator)
+        else:
+            features = layer_shape(module)
+            delta = LoRALinear(*features, adapter.rank, adapter.alpha, adapter.dropout, adapter.bias, generator)
+        return delta.to(next(iter((*module.buffers(), *module.parameters()))).device)
+
+    def _private_copy(self, adapter: Adapter, path: str, module: nn.Module) -> nn.Module:
+        private = copy.deepcopy(module, memo={id(self): self})  # a routed layer refers to this bank
+        for part in private.modules():
+            if is_routed(part):
+                unroute_(part)
+            conv1d = isinstance(part, QuantizedLinear) and part.conv1d
+            dequantize_(part, torch.float32)
+            part.finetuna_conv1d = conv1d  # type: ignore[assignment]
+        return private.float().requires_grad_(True)
+
+    def _route_layers(self) -> None:
+        """Route exactly the layers that some adapter changes."""
+        adapted = {_path(key) for adapter in self.adapters() for key in adapter.deltas}
+        plain = {_path(key) for adapter in self.adapters() for key in adapter.plain}
+        for path, module in self.backbone.named_modules():
+            if is_routed(module):
+                unroute_(module)
+            if path in adapted or path in plain:
+                route_(module, self, path, deltas=path in adapted, plain=path in plain)
+
+    def _short_names(self, targets: dict[str, nn.Module]) -> list[str]:
+        """Last components where they name exactly ``targets``, as PEFT's readers expect; else full paths."""
+        short = {path.rsplit(".", 1)[-1] for path in targets}
+        named = {p for p, m in self.backbone.named_modules() if can_carry_delta(m) and p.rsplit(".", 1)[-1] in short}
+        return sorted(short) if named == set(targets) else sorted(targets)
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer or ``Conv1D``; of an embedding, (num_embeddings, dim)."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if is_conv1d(module):
+        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def check_fit(rank: int, targets: dict[str, nn.Module], plain: dict[str, nn.Module]) -> None:
+    """Raise where a delta of ``rank`` fits none of ``targets``, or one of them lies in a module trained in full."""
+    for path, module in targets.items():
+        inside = next((name for name in plain if path == name or path.startswith(name + ".")), None)
+        if inside is not None:
+            raise TargetError(f"{path!r} is both adapted and trained in full (plain module {inside!r}): choose one")
+        if rank > min(layer_shape(module)):
+            features = " x ".join(str(size) for size in layer_shape(module))
+            raise ConfigError(
+                f"adapter.rank {rank} is larger than layer {path!r} ({features}): use at most {min(layer_shape(module))}, or "
+                "leave that layer out of target_modules"
+            )

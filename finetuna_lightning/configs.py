@@ -1,0 +1,256 @@
+"""Dataclasses shared by scripts, Hydra and LightningCLI. Standard library only; every field is a plain type that both
+OmegaConf and jsonargparse accept. Values are checked at construction, so that a mistake is reported before any loading."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from finetuna_lightning.errors import ConfigError, one_of
+
+SCHEMES = ("int8", "int8-blockwise", "fp8", "none")
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+TASKS = ("causal-lm", "sequence-classification", "seq2seq-lm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+DATA_KINDS = ("auto", "text", "prompt", "chat", "classification")
+ALL_LINEAR = "all-linear"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_RESERVED = frozenset(
+    # attributes of nn.ModuleDict, in which an adapter is a child: such a name would shadow a method
+    "add add_module apply attach backbone bfloat16 buffers call_super_init children clear compile cpu cuda detach double "
+    "dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys "
+    "load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters pop register_buffer "
+    "register_forward_hook register_module register_parameter remove requires_grad_ route set_extra_state set_submodule "
+    "share_memory state_dict to to_empty train training type update values xpu zero_grad default_route names".split()
+)
+
+
+def check_adapter_name(name: str) -> str:
+    """Return ``name`` if it can name an adapter: a letter or digit first, then letters, digits, ``_`` and ``-``.
+
+    The name becomes a key of a ``ModuleDict``, a folder and a log prefix, so it is checked once, here.
+
+    Raises:
+        ConfigError: for an empty name, a path-like or dotted name, or one that shadows a module attribute.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        fixed = re.sub(r"[^A-Za-z0-9_-]+", "_", str(name)).strip("_-")
+        hint = f"; {fixed!r} would work" if fixed and fixed not in _RESERVED else ""
+        raise ConfigError(
+            f"adapter name {name!r} is not allowed: a letter or digit first, then letters, digits, '_' and '-'{hint}"
+        )
+    if name in _RESERVED:
+        raise ConfigError(
+            f"adapter name {name!r} is not allowed: it is an attribute of nn.ModuleDict; '{name}_adapter' would work"
+        )
+    return name
+
+
+def check_adapter_names(names: list[str]) -> list[str]:
+    """Check every name (see ``check_adapter_name``) and that none differs from another only by case: on some file
+    systems the two would share a folder."""
+    seen: dict[str, str] = {}
+    for name in names:
+        check_adapter_name(name)
+        if name.lower() in seen:
+            raise ConfigError(f"adapter name {name!r} is a duplicate of {seen[name.lower()]!r}: names must differ")
+        seen[name.lower()] = name
+    return names
+
+
+def _choice(what: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ConfigError(one_of(what, value, options))
+
+
+def _number(what: str, value: object, low: float, high: float | None = None, *, integer: bool = False) -> None:
+    kinds = (int,) if integer else (int, float)
+    above = low if integer else f"{low:g}"
+    wanted = f"{'an integer' if integer else 'a number'} >= {above}" + (f" and < {high:g}" if high is not None else "")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{what} must be {wanted}, not {value!r}")
+    if not value >= low or (high is not None and not value < high):
+        raise ConfigError(f"{what} must be {wanted}, not {value!r}")
+
+
+def _names(what: str, value: list[str] | str) -> list[str]:
+    """A single name stands for a list of one."""
+    value = [value] if isinstance(value, str) else list(value)
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise ConfigError(f"{what} must be a list of module names, suffixes or regular expressions, not {value!r}")
+    return value
+
+
+@dataclass
+class BackboneConfig:
+    """The shared, frozen model.
+
+    Args:
+        name_or_path: a Hugging Face hub name, a local folder, a folder saved by ``save_backbone``, or ``"quickstart"``.
+        scheme: 8-bit storage: ``int8`` (one scale per output row), ``int8-blockwise`` (bitsandbytes' dynamic tree, one
+            scale per block), ``fp8`` (e4m3, one scale per row), or ``none``.
+        block_size: elements per scale of ``int8-blockwise``: 64 to 4096, a power of two.
+        task: ``causal-lm``, ``sequence-classification`` or ``seq2seq-lm``.
+        num_labels: classes of a sequence classifier.
+        dtype: of what is not quantised, and of the activations: ``auto`` is float32 on the CPU, bfloat16 on a GPU.
+        skip_modules: modules kept in 16 or 32 bits, by suffix, full path or regular expression.
+        revision: the hub revision.
+        attn_implementation: passed to transformers (``sdpa``, ``eager``, ...); None lets it choose.
+        trust_remote_code: allow code from the checkpoint's repository to run.
+        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    name_or_path: str = "quickstart"
+    scheme: str = "int8"
+    block_size: int = 64
+    task: str = "causal-lm"
+    num_labels: int = 2
+    dtype: str = "auto"
+    skip_modules: list[str] = field(default_factory=list)
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name_or_path, str) or not self.name_or_path:
+            raise ConfigError(f"backbone.name_or_path must be a hub name or a folder, not {self.name_or_path!r}")
+        _choice("backbone.scheme", self.scheme, SCHEMES)
+        _choice("backbone.task", self.task, TASKS)
+        _choice("backbone.dtype", self.dtype, DTYPES)
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(f"backbone.block_size must be one of {BLOCK_SIZES}, not {self.block_size!r}")
+        _number("backbone.num_labels", self.num_labels, 1, integer=True)
+        self.skip_modules = _names("backbone.skip_modules", self.skip_modules)
+
+
+@dataclass
+class AdapterConfig:
+    """One fine-tune: its low-rank deltas, the modules that it trains in full, and how it is trained.
+
+    Args:
+        rank: of every delta (arXiv 2106.09685).
+        alpha: a delta is scaled by ``alpha / rank``.
+        dropout: probability on the input of the deltas, in training.
+        bias: give each linear delta a trained bias (inside the scaling, as PEFT's ``lora_bias``).
+        target_modules: modules that carry a delta, by suffix (``q_proj``), full path or regular expression;
+            ``all-linear`` is every linear layer but the output head.
+        plain_modules: modules of which this adapter trains a private copy in full, named the same way.
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay.
+        schedule: ``constant``, ``linear`` or ``cosine`` (both decay to zero at ``max_steps``).
+        warmup_steps: steps of linear warm-up.
+        max_steps: optimizer steps of this adapter; None trains as long as the trainer does.
+        max_grad_norm: clip this adapter's own gradient norm; None does not clip.
+        seed: of this adapter's initialisation, dropout and data order; None derives it from the run's seed.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    bias: bool = False
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    plain_modules: list[str] = field(default_factory=list)
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    max_steps: int | None = None
+    max_grad_norm: float | None = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _number("adapter.rank", self.rank, 1, integer=True)
+        _number("adapter.alpha", self.alpha, 0)
+        _number("adapter.dropout", self.dropout, 0, 1)
+        _number("adapter.lr", self.lr, 0)
+        _number("adapter.weight_decay", self.weight_decay, 0)
+        _number("adapter.warmup_steps", self.warmup_steps, 0, integer=True)
+        _choice("adapter.schedule", self.schedule, SCHEDULES)
+        if self.max_steps is not None:
+            _number("adapter.max_steps", self.max_steps, 1, integer=True)
+        if self.max_grad_norm is not None:
+            _number("adapter.max_grad_norm", self.max_grad_norm, 0)
+        if self.seed is not None:
+            _number("adapter.seed", self.seed, 0, integer=True)
+        self.target_modules = _names("adapter.target_modules", self.target_modules)
+        self.plain_modules = _names("adapter.plain_modules", self.plain_modules)
+        if not self.target_modules and not self.plain_modules:
+            raise ConfigError("adapter.target_modules and adapter.plain_modules are both empty: nothing would be trained")
+
+
+@dataclass
+class OptimConfig:
+    """The one optimizer over all adapters; learning rate, decay and schedule belong to each adapter.
+
+    Args:
+        name: ``adamw`` (torch), ``adamw8bit`` or ``paged_adamw8bit`` (bitsandbytes).
+        betas, eps: as in AdamW.
+    """
+
+    name: str = "adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _choice("optim.name", self.name, OPTIMIZERS)
+        if len(self.betas) != 2:
+            raise ConfigError(f"optim.betas must be two numbers, not {self.betas!r}")
+        for beta in self.betas:
+            _number("optim.betas", beta, 0, 1)
+        _number("optim.eps", self.eps, 0)
+
+
+@dataclass
+class DataConfig:
+    """Where one adapter's examples come from, and how they are cut.
+
+    Args:
+        path: a .txt, .jsonl or .parquet file, or ``quickstart:<domain>``.
+        kind: ``text`` (a text field, or a .txt file), ``prompt`` (prompt and completion; loss on the completion),
+            ``chat`` (a list of messages; loss on the assistant's turns), ``classification`` (a text and a label), or
+            ``auto``: told by the fields of the first line.
+        val_path, test_path: files of their own for validation and test; without one, a part of ``path`` is held out.
+        val_fraction, test_fraction: the part of ``path`` held out, split by document.
+        max_length: tokens per sequence; longer examples are cut (plain text is chunked). None: the model's positions,
+            1,024 at most.
+        batch_size: sequences of this adapter in a step; None takes the data module's.
+        shuffle: draw a new order each epoch from the adapter's own seed.
+        limit: use only the first so many documents.
+        text_field, prompt_field, completion_field, messages_field, label_field: names of the fields.
+        labels: the class names, in order; empty: as met in the data, sorted.
+    """
+
+    path: str = ""
+    kind: str = "auto"
+    val_path: str | None = None
+    test_path: str | None = None
+    val_fraction: float = 0.1
+    test_fraction: float = 0.0
+    max_length: int | None = None
+    batch_size: int | None = None
+    shuffle: bool = True
+    limit: int | None = None
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str = "messages"
+    label_field: str = "label"
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise ConfigError(f"data.path must name a .txt, .jsonl or .parquet file, not {self.path!r}")
+        _choice("data.kind", self.kind, DATA_KINDS)
+        _number("data.val_fraction", self.val_fraction, 0, 1)
+        _number("data.test_fraction", self.test_fraction, 0, 1)
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ConfigError("data.val_fraction and data.test_fraction together leave nothing to train on")
+        for what in ("max_length", "batch_size", "limit"):
+            value = getattr(self, what)
+            if value is not None:
+                _number(f"data.{what}", value, 2 if what == "max_length" else 1, integer=True)

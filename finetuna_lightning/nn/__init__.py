@@ -1,0 +1,1 @@
+"""Frozen 8-bit layers, low-rank deltas and routing."""

@@ -1,0 +1,272 @@
+"""Which rows of a batch belong to which adapter, and the layers that act on it.
+
+A layer that some adapter changes is *routed* in place: its class gains a forward that asks the bank, for each segment of
+the batch, for that adapter's delta or private copy. The base computation runs once over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finetuna_lightning.errors import RouteError
+from finetuna_lightning.nn.lora import Delta, LoRALinear
+from finetuna_lightning.nn.quantized import QuantizedEmbedding, mixed
+from finetuna_lightning.seeds import stream_seed
+
+
+@dataclass(frozen=True)
+class Route:
+    """The adapters of a batch, in row order: the first ``rows[0]`` rows belong to ``names[0]``, and so on.
+
+    A row is one leading index of the batch. Layers deeper in see [rows, tokens, features], [rows * tokens, features] or,
+    after beam search expanded it, [rows * beams, ...]: each row then stands for as many consecutive vectors. A name may
+    come more than once.
+
+    Args:
+        names, rows: the segments.
+        seeds: by adapter, the seed of this forward's dropout masks; an adapter without one has dropout off.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    seeds: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.rows) or any(count < 0 for count in self.rows) or self.total == 0:
+            raise RouteError(f"a route needs one positive row count per adapter, not {self.names} with {self.rows}")
+
+    @classmethod
+    def of_rows(cls, names: Sequence[str]) -> Route:
+        """The route of a batch whose i-th row belongs to ``names[i]``."""
+        runs: list[tuple[str, int]] = []
+        for name in names:
+            if runs and runs[-1][0] == name:
+                runs[-1] = (name, runs[-1][1] + 1)
+            else:
+                runs.append((name, 1))
+        return cls(tuple(name for name, _ in runs), tuple(count for _, count in runs))
+
+    @property
+    def total(self) -> int:
+        """Rows in all."""
+        return sum(self.rows)
+
+    def segments(self, count: int) -> Iterator[tuple[str, int, int]]:
+        """(name, start, stop) along a leading dimension of ``count`` entries.
+
+        Raises:
+            RouteError: when ``count`` is no multiple of the rows.
+        """
+        each, rest = divmod(count, self.total)
+        if rest:
+            raise RouteError(
+                f"the route has {self.total} rows, but a layer met {count}, which is no multiple: the batch must be the "
+                "leading dimension of what the backbone computes"
+            )
+        start = 0
+        for name, rows in zip(self.names, self.rows, strict=True):
+            if rows:
+                yield name, start, start + rows * each
+                start += rows * each
+
+
+class DeltaSource(Protocol):
+    """What a routed layer needs of the bank."""
+
+    default_route: str | None
+
+    def delta(self, name: str, path: str) -> Delta | None: ...
+
+    def plain_copy(self, name: str, path: str) -> nn.Module | None: ...
+
+
+BARE = "bare"
+_ACTIVE: ContextVar[tuple[tuple[int, Route | None], ...]] = ContextVar("finetuna_routes", default=())
+
+
+@contextmanager
+def routed(bank: DeltaSource, route: Route | None) -> Iterator[None]:
+    """Within, the layers of ``bank``'s backbone follow ``route``; None is the bare backbone. Kept per thread and task."""
+    token = _ACTIVE.set((*_ACTIVE.get(), (id(bank), route)))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active_route(bank: DeltaSource, rows: int) -> Route | None:
+    """The route in force for ``bank``: the innermost ``routed``, else its default adapter for all rows.
+
+    Raises:
+        RouteError: when neither says which adapter the rows belong to.
+    """
+    for key, route in reversed(_ACTIVE.get()):
+        if key == id(bank):
+            return route
+    if bank.default_route is not None:
+        return None if bank.default_route == BARE else Route((bank.default_route,), (rows,))
+    raise RouteError(
+        "the backbone was called without a route: use `with bank.route([...])`, or `with bank.bare()` for the backbone "
+        "alone; under a hand-made torch.utils.checkpoint pass context_fn=finetuna_lightning.checkpoint_contexts"
+    )
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation in the backward pass, whichever
+    thread it runs in, follows the routes that were in force in the forward pass."""
+    routes = _ACTIVE.get()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        token = _ACTIVE.set(routes)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+    return nullcontext(), again()
+
+
+def _plus_delta(delta: Delta, x: Tensor, y: Tensor, route: Route, name: str, path: str) -> Tensor:
+    if isinstance(delta, LoRALinear):
+        seed = route.seeds.get(name)
+        return y + delta(x, None if seed is None else stream_seed(seed, path)).to(y.dtype)
+    return y + delta(x, y.dtype)
+
+
+class _Routed(nn.Module):
+    """Shared by the routed classes: a reference to the bank that registers nothing, and the layer's path."""
+
+    _finetuna_bank: DeltaSource
+    _finetuna_path: str
+
+    def _add_deltas(self, x: Tensor, y: Tensor) -> Tensor:
+        """y plus, segment by segment along the leading dimension, each adapter's delta of x."""
+        bank, path = self._finetuna_bank, self._finetuna_path
+        route = active_route(bank, x.shape[0])
+        if route is None:
+            return y
+        if x.shape[0] == 1 and route.total > 1:  # one row for the whole batch, as GPT-2's position ids
+            x, y = x.expand(route.total, *x.shape[1:]), y.expand(route.total, *y.shape[1:])
+        segments = [(name, a, b, bank.delta(name, path)) for name, a, b in route.segments(x.shape[0])]
+        if all(delta is None for *_, delta in segments):
+            return y
+        pieces = [
+            y[a:b] if delta is None else _plus_delta(delta, x[a:b], y[a:b], route, name, path)
+            for name, a, b, delta in segments
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class RoutedLinear(_Routed):
+    """A linear layer to whose output the route's adapters add their deltas."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._add_deltas(input, super().forward(input))  # type: ignore[misc]
+
+
+class RoutedEmbedding(_Routed, nn.Embedding):
+    """An embedding to whose rows the route's adapters add their deltas, beneath a subclass's scale or offset."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._add_deltas(input, super().forward(input))
+
+
+class RoutedPlain(_Routed):
+    """A module of which some adapters train a private copy: their rows go through it, all others through the base."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        bank, path, count = self._finetuna_bank, self._finetuna_path, first.shape[0]
+        route = active_route(bank, count)
+        if route is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        runs: list[tuple[nn.Module | None, list[tuple[str, int, int]]]] = []
+        for name, start, stop in route.segments(count):
+            copy = bank.plain_copy(name, path)
+            if runs and runs[-1][0] is copy:
+                runs[-1][1].append((name, start, stop))
+            else:
+                runs.append((copy, [(name, start, stop)]))
+        outputs = []
+        for copy, segments in runs:
+            cut_args, cut_kwargs = _rows((args, kwargs), count, segments[0][1], segments[-1][2])
+            if copy is not None:
+                outputs.append(_call_copy(copy, first, cut_args, cut_kwargs))
+                continue
+            part = Route(tuple(n for n, *_ in segments), tuple(b - a for _, a, b in segments), route.seeds)
+            with routed(bank, part):  # the modules inside see these rows alone
+                outputs.append(super().forward(*cut_args, **cut_kwargs))  # type: ignore[misc]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _rows(arguments: tuple[Any, Any], count: int, start: int, stop: int) -> Any:
+    """The arguments with every tensor of ``count`` leading entries cut to rows start..stop."""
+    return torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: t[start:stop] if t.dim() and t.shape[0] == count else t, arguments
+    )
+
+
+def _call_copy(copy: nn.Module, first: Tensor, args: Any, kwargs: Any) -> Any:
+    """Call a private copy, whose weights are float32, in the activations' 16-bit type."""
+    if first.dtype not in (torch.float16, torch.bfloat16):
+        return copy(*args, **kwargs)
+    with torch.autocast(first.device.type, dtype=first.dtype):
+        out = copy(*args, **kwargs)
+    return out.to(first.dtype) if isinstance(out, Tensor) else out
+
+
+def route_(module: nn.Module, bank: DeltaSource, path: str, *, deltas: bool, plain: bool) -> nn.Module:
+    """Make ``module`` follow ``bank``'s routes, in place; ``unroute_`` undoes it.
+
+    Args:
+        module: the layer.
+        bank: held by reference only: nothing of it becomes a child of the layer.
+        path: the layer's name in the backbone, under which the bank keeps what belongs to it.
+        deltas: some adapter has a delta on this layer, which is linear or an embedding.
+        plain: some adapter trains a private copy of this module.
+    """
+    cls = own = type(module)
+    if deltas:
+        cls = _routed_embedding(cls) if isinstance(module, nn.Embedding) else _in_front(RoutedLinear, cls)
+    if plain:
+        cls = _in_front(RoutedPlain, cls)
+    module.__dict__.update(_finetuna_class=own, _finetuna_bank=bank, _finetuna_path=path)
+    module.__class__ = cls
+    return module
+
+
+def unroute_(module: nn.Module) -> nn.Module:
+    """Give a routed module its own class back."""
+    module.__class__ = module.__dict__.pop("_finetuna_class")
+    del module.__dict__["_finetuna_bank"], module.__dict__["_finetuna_path"]
+    return module
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether ``module`` follows some bank's routes."""
+    return isinstance(module, _Routed)
+
+
+_IN_FRONT: dict[tuple[type, type], type] = {}
+
+
+def _in_front(kind: type, cls: type) -> type:
+    if (kind, cls) not in _IN_FRONT:
+        _IN_FRONT[kind, cls] = type(f"{kind.__name__}[{cls.__name__}]", (kind, cls), {"__module__": cls.__module__})
+    return _IN_FRONT[kind, cls]
+
+
+def _routed_embedding(cls: type) -> type:
+    """Between a subclass's own forward and the lookup, which is torch's or the 8-bit one."""
+    if issubclass(cls, QuantizedEmbedding):
+        lookup = _in_front(RoutedEmbedding, QuantizedEmbedding)
+        own = next((base for base in cls.__mro__[1:] if base not in QuantizedEmbedding.__mro__), None)
+        return lookup if own is None else mixed(own, lookup)
+    return mixed(cls, RoutedEmbedding)

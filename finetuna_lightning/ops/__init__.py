@@ -1,0 +1,1 @@
+"""Reference operators and their dispatch: torch and Triton only."""

@@ -1,0 +1,160 @@
+"""Every operator in plain torch: the truth that kernels are tested against.
+
+An 8-bit matrix ``W`` [out, in] is stored as ``codes`` [out, in] (one byte each) and ``scale`` (float32), in a *scheme*:
+
+``int8``            symmetric, one scale per row:  ``W = codes * scale[:, None]``, ``scale = max|W| / 127``
+``int8-blockwise``  bitsandbytes' dynamic tree (arXiv 2110.02861), one absolute maximum per block of the flattened matrix:
+                    ``W.view(-1)[i] = tree[codes.view(-1)[i]] * scale[i // block_size]``
+``fp8``             float8 e4m3, one scale per row: ``W = e4m3(codes) * scale[:, None]``, ``scale = max|W| / 448``
+
+fp8 codes are kept as uint8, so that no cast of a module's floating-point tensors can touch them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127.0
+FP8_MAX = 448.0
+CHUNK_ELEMENTS = 1 << 20  # of a matrix in float32 at a time while quantising: a temporary of 4 MiB
+
+
+def code_dtype(scheme: str) -> torch.dtype:
+    """The storage type of ``scheme``'s codes."""
+    return torch.int8 if scheme == "int8" else torch.uint8
+
+
+def scale_shape(shape: tuple[int, int], scheme: str, block_size: int) -> tuple[int]:
+    """The shape of the scales of a matrix of ``shape`` [out, in]."""
+    rows, columns = shape
+    return (-(-rows * columns // block_size),) if scheme == "int8-blockwise" else (rows,)
+
+
+@cache
+def dynamic_tree() -> tuple[float, ...]:
+    """The 256 values of bitsandbytes' signed dynamic data type, ascending (arXiv 2110.02861, section 1.3)."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1)
+        means = (bounds[:-1] + bounds[1:]) / 2.0
+        values += (10.0 ** (exponent - 6) * means).tolist()
+        values += (-(10.0 ** (exponent - 6)) * means).tolist()
+    return tuple(sorted(values))
+
+
+@cache
+def _tree(device: torch.device) -> Tensor:
+    return torch.tensor(dynamic_tree(), dtype=torch.float32, device=device)
+
+
+@cache
+def _tree_midpoints(device: torch.device) -> Tensor:
+    tree = _tree(device)
+    return (tree[1:] + tree[:-1]) / 2
+
+
+def _quantize_rows(rows: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    limit = INT8_MAX if scheme == "int8" else FP8_MAX
+    scale = rows.abs().amax(dim=1) / limit
+    normalised = rows / torch.where(scale == 0, 1.0, scale)[:, None]
+    if scheme == "int8":
+        return normalised.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+    return normalised.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def _quantize_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    scale = blocks.abs().amax(dim=1)
+    normalised = blocks / torch.where(scale == 0, 1.0, scale)[:, None]
+    return torch.bucketize(normalised, _tree_midpoints(blocks.device), out_int32=True).to(torch.uint8), scale
+
+
+def quantize(weight: Tensor, scheme: str, block_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Quantise ``weight`` [out, in] of any floating type; ``(codes [out, in], scale)``.
+
+    Works through the matrix in pieces of a few MiB, so that no float32 copy of it ever stands.
+
+    Raises:
+        ValueError: when the matrix holds a NaN or an infinity.
+    """
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=code_dtype(scheme), device=weight.device)
+    scale = torch.empty(scale_shape((rows, columns), scheme, block_size), dtype=torch.float32, device=weight.device)
+    if scheme == "int8-blockwise":
+        step = max(1, CHUNK_ELEMENTS // block_size) * block_size
+        flat, flat_codes = weight.reshape(-1), codes.view(-1)
+        for start in range(0, flat.numel(), step):
+            piece = flat[start : start + step].float()
+            whole = torch.nn.functional.pad(piece, (0, -piece.numel() % block_size)).view(-1, block_size)
+            piece_codes, piece_scale = _quantize_blocks(whole)
+            flat_codes[start : start + piece.numel()] = piece_codes.view(-1)[: piece.numel()]
+            scale[start // block_size : start // block_size + whole.shape[0]] = piece_scale
+    else:
+        step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+        for start in range(0, rows, step):
+            piece = weight[start : start + step].float()
+            codes[start : start + step], scale[start : start + step] = _quantize_rows(piece, scheme)
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError("the weight holds NaN or infinity")
+    return codes, scale
+
+
+def _values(codes: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
+    if scheme == "int8-blockwise":
+        return _tree(codes.device)[codes.to(torch.int32)].to(dtype)
+    return (codes if scheme == "int8" else codes.view(torch.float8_e4m3fn)).to(dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, scheme: str, block_size: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in] in ``dtype``; products are rounded once, from float32 (or wider)."""
+    if scheme == "int8-blockwise":
+        wide = torch.promote_types(dtype, torch.float32)
+        values = _values(codes, scheme, wide).view(-1)
+        padded = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
+        return (padded * scale[:, None]).view(-1)[: codes.numel()].view(codes.shape).to(dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    left = codes if scheme == "int8" else codes.view(torch.float8_e4m3fn).to(dtype)
+    return torch.mul(left, scale[:, None], out=out)
+
+
+def dequantize_rows(
+    codes: Tensor, scale: Tensor, ids: Tensor, scheme: str, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows ``ids`` [...] of the matrix: [..., in] in ``dtype``. Only those rows are read."""
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = _values(codes[ids], scheme, wide)
+    if scheme == "int8-blockwise":
+        columns = codes.shape[1]
+        at = ids.unsqueeze(-1) * columns + torch.arange(columns, device=ids.device)
+        return (rows * scale[at // block_size]).to(dtype)
+    return (rows * scale[ids].unsqueeze(-1)).to(dtype)
+
+
+def linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str, block_size: int
+) -> Tensor:
+    """``x W^T + bias``: x [..., in], result [..., out], computed in x's type."""
+    weight = dequantize(codes, scale, scheme, block_size, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, scheme: str, block_size: int) -> Tensor:
+    """The gradient of ``linear`` with respect to x: grad [..., out], result [..., in]."""
+    return grad @ dequantize(codes, scale, scheme, block_size, grad.dtype)
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A 64-bit sum over the bytes of ``tensor`` in which any change of a single 8-byte word shows with certainty, and
+    any other change but for a chance of about 2^-64. Computed where the tensor lies, in integers: the same everywhere."""
+    data = tensor.detach().contiguous().view(torch.uint8).view(-1)
+    total = data.numel()
+    for start in range(0, data.numel(), 1 << 25):
+        piece = data[start : start + (1 << 25)]
+        words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
+        # an odd multiplier per position, mixed so that equal words at two places do not cancel
+        at = torch.arange(start // 8, start // 8 + words.numel(), device=words.device, dtype=torch.int64)
+        factor = (at * 6364136223846793005 + 1442695040888963407) | 1
+        total += int((words * factor).sum().item())
+    return total % (1 << 64)

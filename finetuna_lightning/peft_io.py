@@ -1,0 +1,163 @@
+"""PEFT's file format, out and in: a codec over plain tensors and dictionaries. It imports no peft.
+
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT 0.21, ``peft/utils/save_and_load.py``):
+
+``base_model.model.<path>.lora_A.weight``          [r, in]
+``base_model.model.<path>.lora_B.weight``          [out, r], with ``lora_B.bias`` [out] under ``lora_bias``
+``base_model.model.<path>.lora_embedding_A``       [r, vocabulary]
+``base_model.model.<path>.lora_embedding_B``       [dim, r]
+``base_model.model.<path>.<parameter>``            a parameter of a module trained in full
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetuna_lightning.errors import CheckpointError
+from finetuna_lightning.files import replacing_folder
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS", "seq2seq-lm": "SEQ_2_SEQ_LM"}
+_KINDS = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "lora_bias",
+    ".lora_embedding_A": "lora_embedding_A",
+    ".lora_embedding_B": "lora_embedding_B",
+}
+_SUFFIXES = {kind: suffix for suffix, kind in _KINDS.items()}
+
+
+@dataclass
+class AdapterFolder:
+    """One adapter as files hold it.
+
+    Args:
+        rank, alpha, dropout, bias: as in ``AdapterConfig``.
+        target_modules, plain_modules: suffixes or full paths.
+        deltas: by path, the delta's tensors by parameter name (``lora_A``, ``lora_B``, ...).
+        plain: by path and parameter (``lm_head.weight``), the tensors of modules trained in full.
+        task: of the backbone.
+        backbone, revision: what the adapter was trained over.
+        fingerprint: of the backbone's codes and scales; kept in the safetensors metadata, where PEFT does not look.
+        fan_in_fan_out: the targets keep their weight transposed (``Conv1D``).
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    bias: bool
+    target_modules: list[str]
+    plain_modules: list[str]
+    deltas: dict[str, dict[str, Tensor]]
+    plain: dict[str, Tensor]
+    task: str | None = None
+    backbone: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+    fan_in_fan_out: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _config(folder: AdapterFolder) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES.get(folder.task or ""),
+        "base_model_name_or_path": folder.backbone,
+        "revision": folder.revision,
+        "r": folder.rank,
+        "lora_alpha": int(folder.alpha) if float(folder.alpha).is_integer() else folder.alpha,
+        "lora_dropout": folder.dropout,
+        "target_modules": folder.target_modules,
+        "bias": "none",
+        "lora_bias": folder.bias,
+        "fan_in_fan_out": folder.fan_in_fan_out,
+        "modules_to_save": folder.plain_modules or None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "inference_mode": True,
+        **folder.extra,
+    }
+
+
+def save_folder(path: str | Path, folder: AdapterFolder) -> Path:
+    """Write ``folder`` to ``path``, beside and renamed: a reader sees the old folder or the new one, whole."""
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in folder.plain.items()}
+    for module, parts in folder.deltas.items():
+        for kind, tensor in parts.items():
+            tensors[f"{PREFIX}{module}{_SUFFIXES[kind]}"] = tensor
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt"} | ({"backbone_fingerprint": folder.fingerprint} if folder.fingerprint else {})
+    with replacing_folder(path) as beside:
+        save_file(tensors, beside / WEIGHTS_NAME, metadata=metadata)
+        (beside / CONFIG_NAME).write_text(json.dumps(_config(folder), indent=2) + "\n")
+    return Path(path)
+
+
+def load_folder(path: str | Path) -> AdapterFolder:
+    """Read a PEFT LoRA folder.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, the adapter is of a kind that cannot be represented, or a
+            tensor holds NaN or infinity.
+    """
+    path = Path(path)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} is no PEFT adapter folder: {name} is missing")
+    try:
+        config = json.loads((path / CONFIG_NAME).read_text())
+        with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    _refuse_unsupported(path, config)
+    deltas: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise CheckpointError(f"{path / WEIGHTS_NAME}: unexpected key {key!r}; keys start with {PREFIX!r}")
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path / WEIGHTS_NAME}: {key!r} holds NaN or infinity")
+        name = key.removeprefix(PREFIX)
+        suffix = next((suffix for suffix in _KINDS if name.endswith(suffix)), None)
+        if suffix is None:
+            plain[name] = tensor
+        else:
+            deltas.setdefault(name.removesuffix(suffix), {})[_KINDS[suffix]] = tensor
+    targets = config.get("target_modules") or []
+    return AdapterFolder(
+        rank=config["r"],
+        alpha=config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1),
+        dropout=config.get("lora_dropout", 0.0),
+        bias=bool(config.get("lora_bias")),
+        target_modules=[targets] if isinstance(targets, str) else list(targets),
+        plain_modules=list(config.get("modules_to_save") or []),
+        deltas=deltas,
+        plain=plain,
+        task=next((task for task, name in TASK_TYPES.items() if name == config.get("task_type")), None),
+        backbone=config.get("base_model_name_or_path"),
+        revision=config.get("revision"),
+        fingerprint=metadata.get("backbone_fingerprint"),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} holds a {config.get('peft_type')} adapter; only LORA can be loaded")
+    for key, allowed in (("bias", ("none", None)), ("use_dora", (False, None)), ("rank_pattern", ({}, None)),
+                         ("alpha_pattern", ({}, None))):  # fmt: skip
+        if config.get(key) not in allowed:
+            raise CheckpointError(f"{path}: {key}={config[key]!r} is not supported; expected {allowed[0]!r}")
