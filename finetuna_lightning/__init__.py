@@ -1,1 +1,78 @@
-"""finetuna_lightning: many LoRA adapters trained side by side over one frozen 8-bit backbone."""
+"""finetuna_lightning: many LoRA adapters trained side by side over one frozen 8-bit backbone.
+
+The names below are the public face; ``import finetuna_lightning as ft``. They are loaded when first used, so that the
+command lines answer ``--help`` and a mistake without waiting for torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetuna_lightning.adapters import Adapter, AdapterBank
+    from finetuna_lightning.backbone import load_backbone, quantize_model_, save_backbone
+    from finetuna_lightning.configs import AdapterConfig, BackboneConfig, DataConfig, OptimConfig
+    from finetuna_lightning.errors import FinetunaError
+    from finetuna_lightning.nn.routing import Route, checkpoint_contexts
+    from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
+    from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
+    from finetuna_lightning.training.callbacks.memory import AdapterMemoryMonitor
+    from finetuna_lightning.training.callbacks.progress import AdapterProgress
+    from finetuna_lightning.training.data import AdapterDataModule
+    from finetuna_lightning.training.module import MultiAdapterModule
+    from finetuna_lightning.training.precision import EightBitPrecision
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "adapters",
+    "AdapterBank": "adapters",
+    "AdapterCheckpoint": "training.callbacks.checkpoint",
+    "AdapterConfig": "configs",
+    "AdapterDataModule": "training.data",
+    "AdapterMemoryMonitor": "training.callbacks.memory",
+    "AdapterProgress": "training.callbacks.progress",
+    "BackboneConfig": "configs",
+    "DataConfig": "configs",
+    "EightBitPrecision": "training.precision",
+    "FinetunaError": "errors",
+    "FreezeQuantizedWeights": "training.callbacks.freeze",
+    "MultiAdapterModule": "training.module",
+    "OptimConfig": "configs",
+    "Route": "nn.routing",
+    "checkpoint_contexts": "nn.routing",
+    "load_backbone": "backbone",
+    "quantize_model_": "backbone",
+    "save_backbone": "backbone",
+}
+__all__ = [
+    "Adapter",
+    "AdapterBank",
+    "AdapterCheckpoint",
+    "AdapterConfig",
+    "AdapterDataModule",
+    "AdapterMemoryMonitor",
+    "AdapterProgress",
+    "BackboneConfig",
+    "DataConfig",
+    "EightBitPrecision",
+    "FinetunaError",
+    "FreezeQuantizedWeights",
+    "MultiAdapterModule",
+    "OptimConfig",
+    "Route",
+    "checkpoint_contexts",
+    "load_backbone",
+    "quantize_model_",
+    "save_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -4,9 +4,11 @@ OmegaConf and jsonargparse accept. Values are checked at construction, so that a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
 
-from finetuna_lightning.errors import ConfigError, one_of
+from finetuna_lightning.errors import ConfigError, did_you_mean, one_of
 
 SCHEMES = ("int8", "int8-blockwise", "fp8", "none")
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -59,6 +61,28 @@ def check_adapter_names(names: list[str]) -> list[str]:
             raise ConfigError(f"adapter name {name!r} is a duplicate of {seen[name.lower()]!r}: names must differ")
         seen[name.lower()] = name
     return names
+
+
+_Config = TypeVar("_Config")
+
+
+def as_config(kind: type[_Config], value: Any, what: str = "") -> _Config:
+    """``value`` as a ``kind``: a dataclass as it is, a mapping (from YAML or a checkpoint) by its fields.
+
+    Raises:
+        ConfigError: for a field that ``kind`` lacks, naming the nearest one; ``what`` says where it was met.
+    """
+    if isinstance(value, kind):
+        return value
+    assert is_dataclass(kind)
+    names = [f.name for f in fields(kind)]
+    where = what or kind.__name__
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a {kind.__name__} or a mapping of its fields, not {value!r}")
+    for key in value:
+        if key not in names:
+            raise ConfigError(f"{where} has no field {key!r}{did_you_mean(str(key), names)} (fields: {', '.join(names)})")
+    return kind(**value)
 
 
 def _choice(what: str, value: str, options: tuple[str, ...]) -> None:

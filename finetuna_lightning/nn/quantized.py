@@ -34,6 +34,7 @@ class QuantizedWeight(nn.Module):
     def __init__(self, codes: Tensor, scale: Tensor, scheme: str, block_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.scheme, self.block_size, self.dtype = scheme, block_size, dtype
+        self.compute = "16bit"  # how products with it are computed: see ops.library
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
@@ -72,8 +73,8 @@ class QuantizedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         codes, scale = self.codes, self.scale
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:  # a cast: keep the values, take the device and note the type
-            self.dtype = self.scale.dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
+        if self.scale.dtype != torch.float32:  # a cast: keep the values, follow to the device alone
             self.scale = scale.to(self.scale.device)
         if self.codes.dtype != codes.dtype:  # Module.type() casts integers too
             self.codes = codes.to(self.codes.device)
@@ -133,7 +134,9 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         q = self.quantized
-        return quantized_linear(input, q.codes, q.scale, self.bias, scheme=q.scheme, block_size=q.block_size)
+        return quantized_linear(
+            input, q.codes, q.scale, self.bias, scheme=q.scheme, block_size=q.block_size, compute=q.compute
+        )
 
     def reset_parameters(self) -> None:
         """Frozen: there is nothing to initialise."""

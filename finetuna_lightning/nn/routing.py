@@ -154,12 +154,13 @@ class _Routed(nn.Module):
             return y
         if x.shape[0] == 1 and route.total > 1:  # one row for the whole batch, as GPT-2's position ids
             x, y = x.expand(route.total, *x.shape[1:]), y.expand(route.total, *y.shape[1:])
-        segments = [(name, a, b, bank.delta(name, path)) for name, a, b in route.segments(x.shape[0])]
+        segments = [(name, stop - start, bank.delta(name, path)) for name, start, stop in route.segments(x.shape[0])]
         if all(delta is None for *_, delta in segments):
             return y
+        sizes = [size for _, size, _ in segments]  # split, whose backward is one concatenation; a slice's is a full pass
         pieces = [
-            y[a:b] if delta is None else _plus_delta(delta, x[a:b], y[a:b], route, name, path)
-            for name, a, b, delta in segments
+            own_y if delta is None else _plus_delta(delta, own_x, own_y, route, name, path)
+            for (name, _, delta), own_x, own_y in zip(segments, x.split(sizes), y.split(sizes), strict=True)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -1,10 +1,13 @@
 """Operators as layers call them: differentiable, and dispatched to the implementation that fits the device.
 
-Today each has the reference implementation alone; what is saved for the backward pass is the codes and scales, which
-are the backbone's own storage, never a dequantised weight."""
+What is saved for the backward pass is the codes and scales, which are the backbone's own storage, never a dequantised
+weight. ``compute="16bit"`` multiplies in the activations' type; ``compute="fp8"`` multiplies e4m3 codes in float8, where
+the device can (CUDA, compute capability 8.9 and newer) and both sides of the matrix are multiples of 16."""
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,11 +38,67 @@ class _QuantizedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None
 
 
+def _e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [rows, columns] as e4m3 with one scale a row: (codes, scale [rows, 1])."""
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / reference.FP8_MAX
+    return (x / scale).clamp_(-reference.FP8_MAX, reference.FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def _scaled_product(left: Tensor, scale_left: Tensor, right: Tensor, scale_right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left [m, k] right [k, n] in float8, right column-major; the scales [m, 1] and [1, n] are float32. The row-scaled
+    product has bfloat16 results only."""
+    product = torch._scaled_mm(left, right, scale_a=scale_left, scale_b=scale_right, out_dtype=torch.bfloat16)
+    return product.to(dtype)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """Y = X W^T with X quantised per token; dX = (dY * s) W with dY * s quantised per token: the one stored copy of W
+    serves both, its row scale s folded into dY (arXiv 2209.05433 for e4m3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        x_codes, x_scale = _e4m3_rows(x.reshape(-1, x.shape[-1]))
+        weight = codes.view(torch.float8_e4m3fn)
+        y = _scaled_product(x_codes, x_scale, weight.t(), scale[None, :], x.dtype).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+        codes, scale = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        g_codes, g_scale = _e4m3_rows(flat * scale)
+        weight = codes.t().contiguous().t().view(torch.float8_e4m3fn)  # column-major, as the matrix units want it
+        ones = torch.ones(1, codes.shape[1], device=codes.device)
+        grad_x = _scaled_product(g_codes, g_scale, weight, ones, grad.dtype).view(*grad.shape[:-1], -1)
+        return grad_x, None, None, flat.sum(0) if ctx.needs_input_grad[3] else None
+
+
 def quantized_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, *, scheme: str, block_size: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    scheme: str,
+    block_size: int,
+    compute: str = "16bit",
 ) -> Tensor:
     """``x W^T + bias`` over 8-bit storage: x [..., in], codes [out, in], result [..., out] in x's type (under autocast,
-    in autocast's). Differentiable in x and bias; the codes and scales are constants."""
+    in autocast's). Differentiable in x and bias; the codes and scales are constants.
+
+    ``compute="fp8"`` says once, for each shape that float8 units do not take, that it is computed in 16 bits.
+    """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if compute == "fp8" and scheme == "fp8" and x.is_cuda:
+        if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
+            return _Fp8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return]
+        _say_not_fp8(tuple(codes.shape))
     return _QuantizedLinear.apply(x, codes, scale, bias, scheme, block_size)  # type: ignore[no-any-return]
+
+
+@cache
+def _say_not_fp8(shape: tuple[int, ...]) -> None:
+    warnings.warn(f"a {shape[0]}x{shape[1]} layer is computed in 16 bits: float8 needs multiples of 16", stacklevel=3)

@@ -20,6 +20,7 @@ from torch import Tensor
 INT8_MAX = 127.0
 FP8_MAX = 448.0
 CHUNK_ELEMENTS = 1 << 20  # of a matrix in float32 at a time while quantising: a temporary of 4 MiB
+FINGERPRINT_BYTES = 1 << 24  # read at a time, a multiple of 8
 
 
 def code_dtype(scheme: str) -> torch.dtype:
@@ -116,7 +117,7 @@ def dequantize(codes: Tensor, scale: Tensor, scheme: str, block_size: int, dtype
         return (padded * scale[:, None]).view(-1)[: codes.numel()].view(codes.shape).to(dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     left = codes if scheme == "int8" else codes.view(torch.float8_e4m3fn).to(dtype)
-    return torch.mul(left, scale[:, None], out=out)
+    return torch.mul(left, scale.to(torch.promote_types(dtype, torch.float32))[:, None], out=out)
 
 
 def dequantize_rows(
@@ -145,16 +146,23 @@ def linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, scheme: str, blo
     return grad @ dequantize(codes, scale, scheme, block_size, grad.dtype)
 
 
+def _mix_(words: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), in place: one-to-one, every bit depends on every bit."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        words ^= (words >> shift) & ((1 << (64 - shift)) - 1)  # int64 shifts in the sign: mask it off
+        words *= factor - (1 << 64) if factor >> 63 else factor
+    return words
+
+
 def fingerprint(tensor: Tensor) -> int:
     """A 64-bit sum over the bytes of ``tensor`` in which any change of a single 8-byte word shows with certainty, and
-    any other change but for a chance of about 2^-64. Computed where the tensor lies, in integers: the same everywhere."""
+    any other change, a swap included, but for a chance of about 2^-64. Computed where the tensor lies, in integers: the
+    same everywhere."""
     data = tensor.detach().contiguous().view(torch.uint8).view(-1)
     total = data.numel()
-    for start in range(0, data.numel(), 1 << 25):
-        piece = data[start : start + (1 << 25)]
+    for start in range(0, data.numel(), FINGERPRINT_BYTES):
+        piece = data[start : start + FINGERPRINT_BYTES]
         words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
-        # an odd multiplier per position, mixed so that equal words at two places do not cancel
         at = torch.arange(start // 8, start // 8 + words.numel(), device=words.device, dtype=torch.int64)
-        factor = (at * 6364136223846793005 + 1442695040888963407) | 1
-        total += int((words * factor).sum().item())
+        total += int(_mix_(words + at * 0x1E3779B97F4A7C15).sum().item())  # no linear hash: its differences cancel
     return total % (1 << 64)

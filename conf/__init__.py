@@ -1,0 +1,1 @@
+"""The Hydra tree, shipped as ``finetuna_lightning.conf``."""

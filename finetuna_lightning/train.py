@@ -1,0 +1,143 @@
+"""``finetuna-train``: one run, or a multirun, from the Hydra tree in ``conf/``.
+
+    finetuna-train experiment=quickstart
+    finetuna-train backbone.name_or_path=./llama data.path=./chats.jsonl
+    finetuna-train -m adapter.rank=4,8,16 adapter.lr=1e-4,3e-4 data.path=./chats.jsonl
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetuna_lightning.errors import ConfigError, FinetunaError, did_you_mean
+
+
+_FAILED: list[FinetunaError] = []
+
+
+def train(config: DictConfig) -> float | None:
+    """Run what ``config`` says; returns the logged value called ``config.metric``.
+
+    Raises:
+        FinetunaError: for anything in the configuration or data that cannot work.
+    """
+    import lightning.pytorch as pl  # late: `--help` and a misspelt override need not wait for torch
+    from hydra.utils import instantiate
+
+    from finetuna_lightning.build import build_data, build_module
+
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    started = time.monotonic()
+    pl.seed_everything(plain["seed"], verbose=False)
+    module, data = build_module(plain), build_data(plain)
+    callbacks = [instantiate(callback) for callback in config.callbacks.values()]
+    logger = instantiate(config.logger) if config.logger else False
+    trainer: pl.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
+    trainer.fit(module, datamodule=data, ckpt_path=plain["ckpt_path"])
+    if trainer.interrupted:
+        return None
+    if plain["report"]:
+        _report(plain, trainer, started)
+    return _metric(trainer, plain["metric"])
+
+
+def _metric(trainer: Any, name: str | None) -> float | None:
+    if name is None:
+        return None
+    logged = trainer.callback_metrics
+    if name not in logged:
+        known = sorted(key for key in logged if not key.startswith("memory/"))
+        raise ConfigError(f"metric {name!r} was not logged{did_you_mean(name, known)} (there are: {', '.join(known)})")
+    return float(logged[name])
+
+
+def _report(plain: dict[str, Any], trainer: Any, started: float) -> None:
+    """Tables on the terminal; ``report.json`` and ``report.png`` in the output folder."""
+    from rich.console import Console
+
+    from finetuna_lightning.training import report
+    from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
+    from finetuna_lightning.training.callbacks.memory import AdapterMemoryMonitor
+    from finetuna_lightning.training.callbacks.progress import AdapterProgress
+
+    def first(kind: Any) -> Any:
+        return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+
+    console, folder = Console(), Path(plain["output_dir"])
+    module, data = trainer.lightning_module, trainer.datamodule
+    memory, progress, saved = first(AdapterMemoryMonitor), first(AdapterProgress), first(AdapterCheckpoint)
+    metric, matrix = report.metric_of(module), {}
+    if data.evaluation_sets("val"):
+        matrix = report.evaluate_on_every_set(module, data)
+        console.print(report.perplexity_table(matrix, metric))
+    samples = _samples(module, plain["samples"])
+    if samples:
+        console.print(report.sample_table(samples))
+    seconds = round(time.monotonic() - started, 1)
+    if memory is not None and progress is not None and matrix:
+        paths = report.write_report(
+            folder, history=progress.history, matrix=matrix, memory=memory.report(), val_history=progress.val_history,
+            metric=metric, samples=samples, extra={"seconds": seconds, "steps": trainer.global_step},
+        )  # fmt: skip
+        console.print(f"report    {paths['png']} and {paths['json'].name}", highlight=False, soft_wrap=True)
+    if saved is not None:
+        console.print(f"adapters  {saved.folder(trainer)}/<name>/best and last", highlight=False, soft_wrap=True)
+    console.print(f"done      {trainer.global_step} steps, {seconds:.0f} s in all", highlight=False)
+
+
+def _samples(module: Any, prompts: dict[str, str]) -> list[dict[str, str]]:
+    """One greedy continuation for each adapter that has a prompt, all in one batch."""
+    unknown = [name for name in prompts if name not in module.adapter_names]
+    if unknown:
+        raise ConfigError(f"samples has {unknown[0]!r}, which is no adapter{did_you_mean(unknown[0], module.adapter_names)}")
+    if not prompts or module.tokenizer is None or module.task == "sequence-classification":
+        return []
+    texts = module.generate(list(prompts.values()), adapters=list(prompts), max_new_tokens=48)
+    return [
+        {"adapter": name, "prompt": prompt, "text": text}
+        for (name, prompt), text in zip(prompts.items(), texts, strict=True)
+    ]
+
+
+def _one_line(error: BaseException) -> str:
+    cause = f" ({error.__cause__})" if error.__cause__ and not isinstance(error, FinetunaError) else ""
+    return f"finetuna-train: error: {' '.join(f'{error}{cause}'.split())}"
+
+
+def _task(config: DictConfig) -> float | None:
+    """``train``, with a user's mistake said in one line. In a multirun the other jobs go on."""
+    try:
+        return train(config)
+    except FinetunaError as error:
+        _FAILED.append(error)
+        print(_one_line(error), file=sys.stderr)
+        return None
+
+
+def main() -> None:
+    """Entry point: a mistake is one line and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
+    full = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits before the error gets here
+    run = hydra.main(version_base="1.3", config_path="pkg://finetuna_lightning.conf", config_name="train")
+    try:
+        run(train if full else _task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if full:
+            raise
+        print(_one_line(error), file=sys.stderr)
+        sys.exit(1)
+    if _FAILED:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,477 @@
+"""The LightningModule: one frozen backbone, a bank of adapters, trained side by side."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetuna_lightning.adapters import Adapter, AdapterBank, check_fit, output_head, resolve_plain, resolve_targets
+from finetuna_lightning.backbone import (
+    BackboneInfo,
+    cast_,
+    enable_checkpointing,
+    fingerprint,
+    load_backbone,
+    quantize_model_,
+    quantized_layers,
+    read_config,
+    read_info,
+    recompute_in_training,
+    skeleton,
+)
+from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig, as_config, check_adapter_names
+from finetuna_lightning.errors import CheckpointError, ConfigError, did_you_mean
+from finetuna_lightning.nn.routing import Route
+from finetuna_lightning.seeds import stream_seed
+from finetuna_lightning.training.metrics import AdapterMetrics
+from finetuna_lightning.training.optim import build_optimizer, build_scheduler, clip_each_group
+from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
+
+IGNORED = -100
+Loss = Callable[[Any, dict[str, Any]], Tensor]
+_STATE_PREFIX = "adapters."
+
+
+class MultiAdapterModule(LightningModule):
+    """Trains every adapter on its own data in one pass over the shared backbone.
+
+    Args:
+        backbone: what to load, or a plain module, which ``EightBitPrecision`` quantises.
+        adapters: by name. An adapter's gradients, steps and random streams depend on its own configuration, data and name
+            alone.
+        optim: the optimizer that they share.
+        seed: of the run; adapters without a seed of their own derive theirs from it and their name.
+        loss: for a plain module: ``loss(output, batch) -> scalar`` for one adapter's rows.
+
+    The Lightning checkpoint holds adapters, optimizer, loader and the backbone's identity; never its weights.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig | nn.Module,
+        adapters: dict[str, AdapterConfig],
+        optim: OptimConfig | None = None,
+        seed: int = 0,
+        loss: Loss | None = None,
+    ) -> None:
+        super().__init__()
+        given = backbone if isinstance(backbone, nn.Module) else as_config(BackboneConfig, backbone, "backbone")
+        self.backbone_config = None if isinstance(given, nn.Module) else given
+        self.adapter_configs = {name: as_config(AdapterConfig, config, f"adapter {name!r}") for name, config in adapters.items()}
+        self.optim_config = as_config(OptimConfig, optim or OptimConfig(), "optim")
+        self.seed, self.custom_loss = seed, loss
+        if not adapters:
+            raise ConfigError("there are no adapters: give at least one name with an AdapterConfig")
+        check_adapter_names(list(adapters))
+        if isinstance(given, nn.Module) and loss is None and not hasattr(given, "config"):
+            raise ConfigError(f"a plain {type(given).__name__} needs a loss: loss(output, batch) -> scalar")
+        self.save_hyperparameters(
+            {
+                "backbone": asdict(self.backbone_config) if self.backbone_config else type(given).__name__,
+                "adapters": {name: asdict(config) for name, config in self.adapter_configs.items()},
+                "optim": asdict(self.optim_config),
+                "seed": seed,
+            }
+        )
+        self.backbone: nn.Module | None = None
+        self._plain_backbone: tuple[nn.Module, ...] = (given,) if isinstance(given, nn.Module) else ()
+        self._bank: AdapterBank | None = None
+        self._info: BackboneInfo | None = None
+        self.val_metrics = nn.ModuleDict()
+        self.retired: set[str] = set()
+
+    # ---- what others ask ----
+
+    @property
+    def adapters(self) -> AdapterBank:
+        """The bank; loads the backbone when that has not happened yet."""
+        if self._bank is None:
+            self.configure_model()
+        assert self._bank is not None
+        return self._bank
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names in row order."""
+        return list(self.adapter_configs if self._bank is None else self._bank)
+
+    @property
+    def backbone_is_prepared(self) -> bool:
+        """Whether the backbone came through a ``BackboneConfig``, quantised as it says, or holds 8-bit layers already."""
+        return self.backbone is not None and (self.backbone_config is not None or bool(quantized_layers(self.backbone)))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's tokenizer, or None."""
+        return self.backbone_info().tokenizer
+
+    @property
+    def task(self) -> str:
+        """``causal-lm``, ``sequence-classification``, ``seq2seq-lm``, or ``custom`` with a loss of the user's."""
+        if self.custom_loss is not None:
+            return "custom"
+        return self.backbone_config.task if self.backbone_config else "causal-lm"
+
+    def adapter_seed(self, name: str) -> int:
+        """The seed of an adapter's random streams: its own, or derived from the run's seed and its name."""
+        own = self.adapter_configs[name].seed
+        return stream_seed(self.seed, "adapter", name) if own is None else own
+
+    def backbone_info(self) -> BackboneInfo:
+        """Tokenizer and limits; reads only the checkpoint's small files."""
+        if self._info is None:
+            config = self.backbone_config
+            if config is None:
+                inner = getattr(self._plain_backbone[0], "config", None)
+                self._info = BackboneInfo(
+                    None, self.task, getattr(inner, "max_position_embeddings", None), getattr(inner, "vocab_size", None), 0
+                )
+            else:
+                self._info = read_info(
+                    config.name_or_path, config.task, config.num_labels, config.revision, config.trust_remote_code
+                )
+        return self._info
+
+    # ---- building ----
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before anything is loaded, what would couple the adapters."""
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen backbone: intended
+        refuse_joint_clipping(self.trainer.gradient_clip_val)
+
+    def configure_model(self) -> None:
+        """Load the backbone into 8 bits and attach the adapters. A second call does nothing."""
+        if self._bank is not None:
+            return
+        config, plugin, device = self.backbone_config, self._plugin(), self._root_device()
+        if config is None:
+            self.backbone, new = self._plain_backbone[0], []
+            if plugin is not None and not quantized_layers(self.backbone):
+                plugin.check_device(device, plugin.scheme)
+                quantize_model_(self.backbone, plugin.scheme, plugin.block_size, plugin.skip_modules)
+                cast_(self.backbone, resolve_dtype(plugin.dtype, device))
+        else:
+            if plugin is not None:
+                plugin.check_device(device, config.scheme)
+            self.check_targets()
+            name = plugin.dtype if plugin is not None and config.dtype == "auto" else config.dtype
+            self.backbone = load_backbone(
+                config.name_or_path, scheme=config.scheme, block_size=config.block_size, task=config.task,
+                num_labels=config.num_labels, dtype=resolve_dtype(name, device), skip=config.skip_modules, device=device,
+                revision=config.revision, attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
+            new = list(self.backbone.finetuna_new_modules)  # type: ignore[arg-type]
+            if config.gradient_checkpointing:
+                enable_checkpointing(self.backbone)
+        bank = AdapterBank(self.backbone, self.backbone_identity())
+        for name, adapter in self.adapter_configs.items():
+            bank.add(
+                name, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, bias=adapter.bias,
+                targets=adapter.target_modules, plain=[*adapter.plain_modules, *new], seed=self.adapter_seed(name),
+            )  # fmt: skip
+        self._bank = bank
+        info = self.backbone_info()
+        self.val_metrics = nn.ModuleDict({name: AdapterMetrics(self.task, info.num_labels) for name in bank})
+        self.train()
+
+    def check_targets(self) -> None:
+        """Resolve every adapter's modules on the architecture alone, before any weight is read.
+
+        Raises:
+            TargetError, ConfigError: as ``AdapterBank.add`` would, naming the adapter.
+        """
+        config = self.backbone_config
+        if config is None:
+            return
+        architecture = read_config(config.name_or_path, config.revision, config.trust_remote_code)
+        model = skeleton(architecture, config.task, config.num_labels, config.trust_remote_code)
+        for name, adapter in self.adapter_configs.items():
+            try:
+                plain = resolve_plain(model, adapter.plain_modules)
+                heads = _classification_heads(model) if config.task == "sequence-classification" else []
+                targets = resolve_targets(model, adapter.target_modules, [*plain, *heads]) if adapter.target_modules else {}
+                check_fit(adapter.rank, targets, plain)
+            except ConfigError as error:
+                raise ConfigError(f"adapter {name!r}: {error}") from error
+
+    def backbone_identity(self) -> dict[str, str | None]:
+        """Task, name, revision and fingerprint of the backbone: what a checkpoint keeps of it."""
+        assert self.backbone is not None
+        config = self.backbone_config
+        return {
+            "task": self.task,
+            "backbone": config.name_or_path if config else type(self.backbone).__name__,
+            "revision": config.revision if config else None,
+            "scheme": config.scheme if config else None,
+            "fingerprint": fingerprint(self.backbone),
+        }
+
+    def _plugin(self) -> EightBitPrecision | None:
+        plugin = self._trainer.precision_plugin if self._trainer is not None else None
+        return plugin if isinstance(plugin, EightBitPrecision) else None
+
+    def _root_device(self) -> torch.device:
+        return self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+
+    def train(self, mode: bool = True) -> MultiAdapterModule:
+        """The backbone stays in evaluation mode: it is frozen, and its dropout would couple the adapters."""
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.eval()
+            recompute_in_training(self.backbone, mode)
+        return self
+
+    # ---- one batch ----
+
+    def forward(self, batch: dict[str, Any], training: bool = False) -> Any:
+        """The backbone's output for ``batch``, whose rows belong to ``batch["adapters"]``, ``batch["rows"]`` of each."""
+        bank = self.adapters
+        assert self.backbone is not None
+        inputs = {key: value for key, value in batch.items() if key not in ("adapters", "rows", "labels")}
+        if self.task == "seq2seq-lm":
+            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
+        if self.task in ("causal-lm", "seq2seq-lm"):
+            inputs["use_cache"] = False
+        with bank.follow(Route(tuple(batch["adapters"]), tuple(batch["rows"])), training=training):
+            return self.backbone(**inputs)
+
+    def losses(self, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
+        """For each adapter of the batch: name, summed loss, number of targets, rows. Each is normalised by its own count."""
+        sizes = list(batch["rows"])
+        stops = list(itertools.accumulate(sizes))
+        cuts = [slice(stop - rows, stop) for stop, rows in zip(stops, sizes, strict=True)]
+        if self.custom_loss is not None:
+            for name, cut in zip(batch["adapters"], cuts, strict=True):
+                own = {k: v[cut] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+                mean = self.custom_loss(_cut(output, cut), own)
+                rows = cut.stop - cut.start
+                yield name, mean * rows, torch.tensor(rows, device=mean.device), cut
+            return
+        pieces = zip(batch["adapters"], cuts, output.logits.split(sizes), batch["labels"].split(sizes), strict=True)
+        for name, cut, logits, labels in pieces:
+            if self.task == "causal-lm":  # the label of a position is the next token
+                labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            count = (labels != IGNORED).sum()
+            flat = logits.reshape(-1, logits.shape[-1]).float()
+            yield name, F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum"), count, cut
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The sum of the adapters' mean losses. No parameter is shared, so each gets the gradient of its own alone."""
+        output = self(batch, training=True)
+        means: list[Tensor] = []
+        few = len(self.adapter_names) <= 4
+        for name, total, count, cut in self.losses(output, batch):
+            mean = total / count
+            means.append(mean)
+            rows = cut.stop - cut.start
+            self.log(f"train/{name}/loss", mean.detach(), prog_bar=few, batch_size=rows)
+        joint = torch.stack(means).sum()
+        self.log("train/loss", joint.detach() / len(means), prog_bar=not few, batch_size=len(means))
+        return joint
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        output = self(batch)
+        for name, total, count, cut in self.losses(output, batch):
+            metrics = self.val_metrics[name]
+            assert isinstance(metrics, AdapterMetrics)
+            classes = self.task == "sequence-classification"
+            metrics.update(
+                total, count, output.logits[cut] if classes else None, batch["labels"][cut] if classes else None
+            )
+
+    def _log_metrics(self, stage: str) -> None:
+        losses = []
+        for name, metrics in self.val_metrics.items():
+            assert isinstance(metrics, AdapterMetrics)
+            values = metrics.compute()
+            for what, value in values.items():
+                self.log(f"{stage}/{name}/{what}", value)
+            losses += [values["loss"]] if values else []
+            metrics.reset()
+        if losses:
+            self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add to each adapter's metrics."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/<adapter>/<metric>``, and ``val/loss``, their mean."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add to each adapter's metrics."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/<adapter>/<metric>``."""
+        self._log_metrics("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """One dictionary a row: its adapter, and the mean loss and perplexity of a language model, or the label and
+        probabilities of a classifier."""
+        output = self(batch)
+        rows: list[dict[str, Any]] = []
+        names = [name for name, n in zip(batch["adapters"], batch["rows"], strict=True) for _ in range(n)]
+        for index, name in enumerate(names):
+            one = {k: v[index : index + 1] if isinstance(v, Tensor) else v for k, v in batch.items()}
+            if self.task == "sequence-classification":
+                chances = output.logits[index].float().softmax(-1)
+                rows.append({"adapter": name, "label": int(chances.argmax()), "probabilities": chances.tolist()})
+                continue
+            one |= {"adapters": [name], "rows": [1]}
+            (_, total, count, _) = next(self.losses(_cut(output, slice(index, index + 1)), one))
+            loss = float(total / count)
+            rows.append({"adapter": name, "loss": loss, "perplexity": float(torch.tensor(loss).exp())})
+        return rows
+
+    # ---- optimisation ----
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer with a named group for each adapter, one scheduler with a function for each."""
+        bank = self.adapters
+        configs = {name: self.adapter_configs[name] for name in bank}
+        parameters = {adapter.name: adapter.parameters() for adapter in bank.adapters()}
+        optimizer = build_optimizer(parameters, configs, self.optim_config)
+        scheduler = build_scheduler(optimizer, configs, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip each adapter's own norm to its ``max_grad_norm``."""
+        refuse_joint_clipping(gradient_clip_val)
+        for name, norm in clip_each_group(optimizer).items():
+            self.log(f"train/{name}/grad_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """An adapter whose ``max_steps`` are done leaves the batches; when all have, the run ends."""
+        for name, config in self.adapter_configs.items():
+            if config.max_steps is not None and self.global_step >= config.max_steps and name not in self.retired:
+                self.retired.add(name)
+                retire = getattr(self.trainer.train_dataloader, "retire", None)
+                if retire is not None:
+                    retire(name)
+        if self.retired >= set(self.adapter_names):
+            self.trainer.should_stop = True
+
+    # ---- checkpoints ----
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapters' weights alone, as ``adapters.<name>.<parameter>``."""
+        return {f"{_STATE_PREFIX}{key}": value for key, value in self.adapters.state_dict().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the adapters' weights, by name.
+
+        Raises:
+            CheckpointError: when the checkpoint's adapters are not these, in name and shape.
+        """
+        state = {key.removeprefix(_STATE_PREFIX): value for key, value in state_dict.items()}
+        theirs, mine = sorted({key.split(".")[0] for key in state}), sorted(self.adapters)
+        if theirs != mine:
+            raise CheckpointError(f"the checkpoint holds adapters {', '.join(theirs)}; this module has {', '.join(mine)}")
+        try:
+            return self.adapters.load_state_dict(state, strict=strict, assign=assign)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise CheckpointError("the checkpoint's adapters have other shapes: " + " ".join(lines[1:3])) from error
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the backbone's identity and the adapters' positions in their dropout streams."""
+        checkpoint["finetuna"] = {
+            "backbone": {key: self.adapters.origin.get(key) for key in ("backbone", "revision", "scheme", "fingerprint")},
+            "calls": {adapter.name: adapter.calls for adapter in self.adapters.adapters()},
+            "retired": sorted(self.retired),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise CheckpointError for a checkpoint of another backbone; else take the stream positions."""
+        saved = checkpoint.get("finetuna")
+        if saved is None:
+            raise CheckpointError("this is no checkpoint of a MultiAdapterModule: it does not say which backbone it is of")
+        theirs, mine = saved["backbone"], self.adapters.origin
+        if theirs["fingerprint"] != mine["fingerprint"]:
+            raise CheckpointError(
+                f"the checkpoint is of backbone {theirs['backbone']} in {theirs['scheme']} (fingerprint "
+                f"{theirs['fingerprint']}), but this run has {mine['backbone']} in {mine.get('scheme')} (fingerprint "
+                f"{mine['fingerprint']})"
+            )
+        for name, calls in saved["calls"].items():
+            if name in self.adapters:
+                self._adapter(name).calls = calls
+        self.retired = set(saved["retired"])
+
+    # ---- use ----
+
+    def _adapter(self, name: str) -> Adapter:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[str], adapters: Sequence[str] | str | None = None, max_new_tokens: int = 64, **options: Any
+    ) -> list[str]:
+        """Continue every prompt with its own adapter, all in one batch.
+
+        Args:
+            prompts: texts.
+            adapters: one name for each prompt, one for all, or None for the bare backbone.
+            max_new_tokens: at most so many tokens each.
+            options: for transformers' ``generate`` (``do_sample``, ``temperature``, ...).
+
+        Returns:
+            The continuations, without the prompts.
+        """
+        bank, tokenizer = self.adapters, self.tokenizer
+        assert self.backbone is not None
+        if tokenizer is None:
+            raise ConfigError("this backbone has no tokenizer: call module.backbone.generate within module.adapters.route(...)")
+        names = [adapters] * len(prompts) if isinstance(adapters, str) else adapters
+        if names is not None and len(names) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts need as many adapters, not {len(names)}")
+        for name in names or ():
+            if name not in bank:
+                raise ConfigError(f"there is no adapter {name!r}{did_you_mean(name, bank)} (there are: {', '.join(bank)})")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        device = next(self.backbone.parameters()).device
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(device)
+        inputs.pop("token_type_ids", None)
+        was_training = self.training
+        self.eval()
+        try:
+            with bank.bare() if names is None else bank.route(names):
+                out = self.backbone.generate(  # type: ignore[operator]
+                    **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options
+                )
+        finally:
+            self.train(was_training)
+        start = 0 if self.task == "seq2seq-lm" else inputs["input_ids"].shape[1]
+        return [str(text) for text in tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+
+
+def _cut(output: Any, rows: slice) -> Any:
+    """Rows of a model's output: a tensor, or a mapping or tuple of them."""
+    if isinstance(output, Tensor):
+        return output[rows]
+    if hasattr(output, "logits"):
+        return type(output)(logits=output.logits[rows])
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[rows], output)
+
+
+def _classification_heads(model: nn.Module) -> list[str]:
+    """Names of top-level modules that stand on the base model: a new head, trained in full."""
+    base = getattr(model, "base_model_prefix", "")
+    head = output_head(model)
+    return [name for name, child in model.named_children() if name != base and child is not head]

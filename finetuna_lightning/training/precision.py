@@ -1,0 +1,104 @@
+"""The precision plugin: an 8-bit backbone, activations in one floating type, adapters in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from torch import nn
+
+from finetuna_lightning.backbone import cast_, quantize_model_, quantized_layers
+from finetuna_lightning.configs import BLOCK_SIZES, DTYPES, SCHEMES
+from finetuna_lightning.errors import ConfigError, one_of
+
+COMPUTE = ("auto", "16bit", "fp8")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type called ``name``; ``auto`` is float32 on the CPU and bfloat16 on a GPU (float16 where it has none)."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether ``device`` multiplies matrices in float8: a CUDA GPU of compute capability 8.9 or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class EightBitPrecision(Precision):
+    """Quantises the backbone and leaves the adapters alone.
+
+    Lightning's ``BitsandbytesPrecision`` would quantise LoRA's own linear layers, and refuses the CPU; this one converts
+    ``module.backbone`` only, in place, and does nothing to what is quantised already.
+
+    Args:
+        scheme, block_size, skip_modules: for a backbone that came as a plain module. A ``BackboneConfig`` has its own.
+        dtype: of activations and of what is not quantised: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        compute: ``16bit`` computes in ``dtype`` from 8-bit storage; ``fp8`` multiplies in float8, where the device can and
+            the scheme is ``fp8``; ``auto`` is ``16bit``.
+    """
+
+    precision: Any = "8-bit"
+
+    def __init__(self, scheme: str = "int8", block_size: int = 64, dtype: str = "auto", compute: str = "auto",
+                 skip_modules: list[str] | None = None) -> None:  # fmt: skip
+        super().__init__()
+        for what, value, options in (("scheme", scheme, SCHEMES), ("dtype", dtype, DTYPES), ("compute", compute, COMPUTE)):
+            if value not in options:
+                raise ConfigError(one_of(f"EightBitPrecision.{what}", value, options))
+        if block_size not in BLOCK_SIZES:
+            raise ConfigError(f"EightBitPrecision.block_size must be one of {BLOCK_SIZES}, not {block_size!r}")
+        self.scheme, self.block_size, self.dtype, self.compute = scheme, block_size, dtype, compute
+        self.skip_modules = list(skip_modules or ())
+
+    def set_compute(self, backbone: nn.Module) -> None:
+        """Say to every quantised matrix how products with it are computed."""
+        for quantized in quantized_layers(backbone).values():
+            quantized.compute = "fp8" if self.compute == "fp8" else "16bit"
+
+    def check_device(self, device: torch.device, scheme: str) -> None:
+        """Raise ConfigError where ``compute`` is not to be had on ``device`` for a backbone stored in ``scheme``."""
+        if self.compute != "fp8":
+            return
+        if not has_fp8(device):
+            raise ConfigError(
+                f"compute='fp8' needs a CUDA GPU of compute capability 8.9 or newer, but this run is on {device}: "
+                "use compute='auto'"
+            )
+        if scheme != "fp8":
+            raise ConfigError(f"compute='fp8' needs backbone.scheme='fp8', not {scheme!r}")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Quantise ``module.backbone``, whatever of it is not yet; the adapters stay as they are."""
+        backbone = getattr(module, "backbone", None)
+        if not isinstance(backbone, nn.Module):
+            raise ConfigError(
+                f"EightBitPrecision quantises module.backbone, but {type(module).__name__} has none: name it so, or use "
+                "MultiAdapterModule"
+            )
+        if not getattr(module, "backbone_is_prepared", False):
+            trainer = module.trainer if isinstance(module, LightningModule) else None
+            device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+            quantize_model_(backbone, self.scheme, self.block_size, self.skip_modules)
+            cast_(backbone, resolve_dtype(self.dtype, device))
+        self.set_compute(backbone)
+        return module
+
+    def clip_gradients(self, optimizer: Any, clip_val: Any = 0.0, gradient_clip_algorithm: Any = None) -> None:
+        """Refused: see ``refuse_joint_clipping``."""
+        refuse_joint_clipping(clip_val)
+
+
+def refuse_joint_clipping(value: float | None) -> None:
+    """Raise ConfigError for a ``gradient_clip_val``: it clips the joint norm, which couples the adapters."""
+    if value:
+        raise ConfigError(
+            f"Trainer(gradient_clip_val={value}) clips the norm over all adapters together, so that each would depend on its "
+            f"company: leave it out and set max_grad_norm={value} in AdapterConfig"
+        )

@@ -1,0 +1,481 @@
+"""Rows of several adapters in one pass are each adapter alone: outputs, gradients, nesting, threads, recomputation."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from finetuna_lightning.adapters import AdapterBank
+from finetuna_lightning.errors import RouteError
+from finetuna_lightning.nn.quantized import QuantizedLinear, quantize_
+from finetuna_lightning.nn.routing import (
+    BARE,
+    Route,
+    RoutedLinear,
+    active_route,
+    checkpoint_contexts,
+    is_routed,
+    routed,
+)
+from tests.helpers.models import excite
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.down(torch.tanh(self.up(x)))
+        return x + (y if scale is None else y * scale)
+
+
+class Pair(nn.Module):
+    """A module that answers with a tuple, as an attention layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, dict[str, Tensor]]:
+        return self.inner(x), None, {"mean": x.mean(-1)}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 12)
+        self.position = nn.Embedding(16, 12)
+        self.one, self.two, self.pair = Block(), Block(), Pair()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1])[None, :]
+        x = self.embed(ids) + self.position(places)
+        x = self.two(self.one(x), torch.full((len(ids), 1, 1), 0.5))
+        y, nothing, more = self.pair(x)
+        assert nothing is None
+        return self.head(x + y + more["mean"][..., None])  # type: ignore[no-any-return]
+
+
+IDS = torch.randint(30, (6, 4), generator=torch.Generator().manual_seed(5))
+
+
+def net(scheme: str | None = "int8") -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net().eval()
+    for module in list(model.modules()):
+        if scheme and isinstance(module, nn.Linear | nn.Embedding):
+            quantize_(module, scheme)
+    return model
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "low": dict(rank=2, alpha=3.0, targets=["up", "embed"]),
+    "high": dict(rank=5, alpha=16.0, targets=["all-linear"], bias=True, dropout=0.3),
+    "top": dict(rank=3, targets=["down", "position"], plain=["head"], dropout=0.6),
+    "block": dict(rank=1, targets=["inner"], plain=["two"]),
+    "whole": dict(targets=[], plain=["one.up", "pair", "embed"]),
+}
+
+
+def bank_of(*names: str, scheme: str | None = "int8", settings: dict[str, dict[str, Any]] = SETTINGS) -> tuple[Net, AdapterBank]:
+    model = net(scheme)
+    bank = AdapterBank(model)
+    for name in names or settings:
+        excite(bank.add(name, seed=sum(name.encode()), **settings[name]), seed=len(name))
+    return model, bank
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+ORDERS = [
+    ["low", "high", "top", "block", "whole", "low"],
+    ["high", "low", "high", "high", "low", "high"],
+    ["top", "top", "top", "block", "block", "block"],
+    ["block", "high", "block", "top", "high", "whole"],
+    ["whole", "whole", "whole", "whole", "whole", "whole"],
+]
+
+
+@pytest.mark.parametrize("scheme", ["int8", None])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_company_as_alone(order: list[str], training: bool, scheme: str | None) -> None:
+    """Outputs of every row, and the gradient of every parameter of every adapter, dropout masks included."""
+    model, bank = bank_of(scheme=scheme)
+    target = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(1))
+    with bank.route(order, training=training):
+        joint = model(IDS)
+    (joint * target).sum().backward()
+
+    for name in dict.fromkeys(order):
+        rows = [index for index, other in enumerate(order) if other == name]
+        alone_model, alone_bank = bank_of(name, scheme=scheme)
+        with alone_bank.route([name] * len(rows), training=training):
+            alone = alone_model(IDS[rows])
+        (alone * target[rows]).sum().backward()
+        assert torch.allclose(joint[rows], alone, atol=1e-5), name
+        mine, theirs = gradients(bank[name]), gradients(alone_bank[name])
+        assert mine.keys() == theirs.keys() == dict(bank[name].named_parameters()).keys()
+        assert all(torch.allclose(mine[key], theirs[key], atol=1e-4, rtol=1e-4) for key in mine), name
+    absent = bank.keys() - set(order)
+    assert not any(gradients(bank[name]) for name in absent)
+    assert not gradients(model)
+
+
+def test_the_base_runs_once_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bank = bank_of("low", "high")
+    calls: list[int] = []
+    inner = QuantizedLinear.forward
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: calls.append(len(x)) or inner(self, x))
+    with bank.route(["low", "high", "low", "high", "low", "low"]):
+        model(IDS)
+    assert calls == [6] * 6
+
+
+def test_no_adapter_is_the_backbone_bit_for_bit() -> None:
+    model = net()
+    expected = model(IDS)
+    model, bank = bank_of()
+    with bank.bare():
+        assert torch.equal(model(IDS), expected)
+    with bank.route(["low"] * 6):
+        assert not torch.allclose(model(IDS), expected, atol=1e-3)
+
+
+def test_each_training_pass_draws_new_masks_and_a_seed_repeats_them() -> None:
+    model, bank = bank_of("high")
+    outputs = []
+    for _ in range(2):
+        with bank.route(["high"] * 6, training=True):
+            outputs.append(model(IDS))
+    assert not torch.allclose(outputs[0], outputs[1])
+    model, bank = bank_of("high")
+    with bank.route(["high"] * 6, training=True):
+        assert torch.equal(model(IDS), outputs[0])
+    with bank.route(["high"] * 6):
+        assert not torch.allclose(model(IDS), outputs[0])
+    route = Route(("high",), (6,), {"high": 1})
+    with bank.follow(route):
+        first = model(IDS)
+    with bank.follow(route):
+        assert torch.equal(model(IDS), first)
+
+
+def test_every_layer_draws_a_mask_of_its_own() -> None:
+    first, second = nn.Linear(40, 40), nn.Linear(40, 40)
+    second.load_state_dict(first.state_dict())
+    model = nn.Sequential(first, second)
+    bank = AdapterBank(model)
+    bank.add("a", rank=40, alpha=40, targets=["0", "1"], dropout=0.5)
+    for delta in bank["a"].deltas.values():  # type: ignore[union-attr, operator]
+        with torch.no_grad():
+            delta.lora_A.copy_(torch.eye(40))
+            delta.lora_B.copy_(torch.eye(40))
+    x = torch.ones(1, 40)
+    with bank.route(["a"], training=True):
+        masks = [(layer(x) - nn.functional.linear(x, layer.weight, layer.bias)).round() for layer in model]
+    assert set(masks[0].flatten().tolist()) == {0.0, 2.0} and not torch.equal(*masks)
+
+
+# ---- plain modules --------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_module_with_adapted_ones_inside() -> None:
+    """``block`` trains all of ``two``; for ``high`` the layers inside it carry deltas: sub-routes."""
+    model, bank = bank_of("high", "block")
+    assert is_routed(model.two) and is_routed(model.two.up)
+    with bank.route(["high", "block", "block", "high", "block", "high"]):
+        joint = model(IDS)
+    for name, rows in (("high", [0, 3, 5]), ("block", [1, 2, 4])):
+        with bank.route([name] * 3):
+            assert torch.allclose(joint[rows], model(IDS[rows]), atol=1e-5)
+
+
+def test_a_module_plain_for_one_and_adapted_by_another() -> None:
+    settings = {"lora": dict(rank=2, targets=["head"]), "full": dict(targets=[], plain=["head"])}
+    model, bank = bank_of("lora", "full", settings=settings)
+    with bank.route(["lora", "full", "lora", "full", "full", "lora"]):
+        joint = model(IDS)
+    for name, rows in (("lora", [0, 2, 5]), ("full", [1, 3, 4])):
+        with bank.route([name] * 3):
+            assert torch.allclose(joint[rows], model(IDS[rows]), atol=1e-5)
+    with bank.bare():
+        assert not torch.allclose(joint, model(IDS), atol=1e-3)
+
+
+def test_a_plain_module_met_with_one_row_for_the_whole_batch() -> None:
+    """As GPT-2's position ids, [1, tokens]."""
+    settings = {"place": dict(targets=[], plain=["position"]), "lora": dict(rank=2, targets=["position"]), "other": dict(rank=2, targets=["up"])}
+    model, bank = bank_of("place", "lora", "other", settings=settings)
+    order = ["place", "other", "lora", "place", "lora", "other"]
+    with bank.route(order):
+        joint = model(IDS)
+    for index, name in enumerate(order):
+        with bank.route([name]):
+            assert torch.allclose(joint[index : index + 1], model(IDS[index : index + 1]), atol=1e-5)
+
+
+def test_arguments_by_keyword_follow_their_rows() -> None:
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x=x, scale=torch.arange(1.0, len(x) + 1)[:, None])  # type: ignore[no-any-return]
+
+    model = Caller()
+    bank = AdapterBank(model)
+    excite(bank.add("a", targets=[], plain=["block"]))
+    bank.add("b", rank=2, targets=["up"])
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    with bank.route(["b", "a", "a", "b"]):
+        joint = model(x)
+    with bank.bare():
+        bare = model(x)
+    with bank.route(["a"] * 4):
+        alone = model(x)
+    assert torch.allclose(joint[[1, 2]], alone[[1, 2]], atol=1e-6) and torch.allclose(joint[[0, 3]], bare[[0, 3]], atol=1e-6)
+
+
+def test_a_private_copy_is_called_in_the_activations_type() -> None:
+    layer = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    bank = AdapterBank(layer)
+    bank.add("a", targets=[], plain=["0"])
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    with bank.route(["a"] * 3):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in bank.parameters())
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in bank.parameters())
+
+
+# ---- routes ---------------------------------------------------------------------------------------------------------
+
+
+def test_routes_of_rows() -> None:
+    route = Route.of_rows(["a", "a", "b", "a"])
+    assert route.names == ("a", "b", "a") and route.rows == (2, 1, 1) and route.total == 4
+    assert list(route.segments(4)) == [("a", 0, 2), ("b", 2, 3), ("a", 3, 4)]
+    assert list(route.segments(12)) == [("a", 0, 6), ("b", 6, 9), ("a", 9, 12)]
+    assert list(Route(("a", "b", "c"), (1, 0, 2)).segments(3)) == [("a", 0, 1), ("c", 1, 3)]
+
+
+@pytest.mark.parametrize(("names", "rows"), [((), ()), (("a",), (0,)), (("a",), (-1,)), (("a", "b"), (1,)), (("a",), (1, 2))])
+def test_a_route_of_nothing_is_refused(names: tuple[str, ...], rows: tuple[int, ...]) -> None:
+    with pytest.raises(RouteError, match="one positive row count per adapter"):
+        Route(names, rows)
+
+
+def test_without_a_route_nothing_is_guessed() -> None:
+    model, bank = bank_of("low")
+    with pytest.raises(RouteError, match=r"bank\.route"):
+        model(IDS)
+    with bank.route(["low"] * 6):
+        expected = model(IDS)
+    with pytest.raises(RouteError):
+        model(IDS)
+    bank.default_route = "low"
+    assert torch.equal(model(IDS), expected)
+    bank.default_route = BARE
+    with bank.bare():
+        assert torch.equal(model(IDS), model(IDS))
+    assert not torch.equal(model(IDS), expected)
+
+
+@pytest.mark.parametrize("rows", [4, 5, 7])
+def test_a_route_for_another_number_of_rows_is_an_error(rows: int) -> None:
+    for name in ("low", "whole"):
+        model, bank = bank_of(name)
+        with bank.route([name] * rows), pytest.raises(RouteError, match=f"{rows} rows, but a layer met 6"):
+            model(IDS)
+
+
+def test_rows_that_were_multiplied_follow_their_adapter() -> None:
+    """[rows * tokens, features], and beams."""
+    model, bank = bank_of("low", "high")
+    x = torch.randn(6, 12, generator=torch.Generator().manual_seed(2))
+    with bank.route(["low", "high"]):
+        joint = model.one(x)
+    with bank.route(["low"]):
+        low = model.one(x[:3])
+    with bank.route(["high"]):
+        high = model.one(x[3:])
+    assert torch.allclose(joint, torch.cat([low, high]), atol=1e-6)
+
+
+def test_the_innermost_route_counts_and_each_ends_with_its_block() -> None:
+    model, bank = bank_of("low", "high")
+
+    def outputs() -> Tensor:
+        return model(IDS)  # type: ignore[no-any-return]
+
+    with bank.route(["low"] * 6):
+        low = outputs()
+        with bank.route(["high"] * 6):
+            high = outputs()
+            with bank.bare():
+                bare = outputs()
+            assert torch.equal(outputs(), high)
+        assert torch.equal(outputs(), low)
+        with pytest.raises(KeyError), bank.route(["high"] * 6):
+            raise KeyError
+        assert torch.equal(outputs(), low)
+    assert not torch.equal(low, high) and not torch.equal(low, bare)
+
+
+def test_a_route_is_for_its_own_bank() -> None:
+    model, bank = bank_of("low")
+    other_model, other_bank = bank_of("low")
+    with bank.route(["low"] * 6), pytest.raises(RouteError):
+        other_model(IDS)
+    with bank.route(["low"] * 6), other_bank.bare():
+        changed, bare = model(IDS), other_model(IDS)
+    assert not torch.equal(changed, bare)
+
+
+def test_two_threads_with_two_routes() -> None:
+    model, bank = bank_of("low", "high")
+    expected = {}
+    for name in ("low", "high"):
+        with bank.route([name] * 6):
+            expected[name] = model(IDS)
+    start, faults = threading.Barrier(2), []
+
+    def work(name: str) -> None:
+        with bank.route([name] * 6):
+            start.wait()
+            for _ in range(20):
+                if not torch.equal(model(IDS), expected[name]):
+                    faults.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def test_a_new_thread_has_no_route() -> None:
+    model, bank = bank_of("low")
+    seen: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model(IDS)
+        except RouteError as error:
+            seen.append(error)
+
+    with bank.route(["low"] * 6):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+
+
+# ---- recomputation --------------------------------------------------------------------------------------------------
+
+
+class Recomputed(nn.Module):
+    def __init__(self, inner: nn.Module, contexts: Any = checkpoint_contexts) -> None:
+        super().__init__()
+        self.inner, self.contexts = inner, contexts
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return checkpoint(self.inner, *args, use_reentrant=False, context_fn=self.contexts)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_recomputation_follows_the_route_of_the_forward(in_thread: bool) -> None:
+    """The backward runs after the route's block has ended, or under another one, or in a thread without any."""
+    order = ["low", "high", "top", "block", "whole", "high"]
+    results = []
+    for recompute in (False, True):
+        model, bank = bank_of()
+        model.train()
+        if recompute:
+            model.one, model.two = Recomputed(model.one), Recomputed(model.two)  # type: ignore[assignment]
+        with bank.route(order, training=True):
+            loss = model(IDS).square().sum()
+        with bank.route(["low"]):
+            if in_thread:
+                thread = threading.Thread(target=loss.backward)
+                thread.start()
+                thread.join()
+            else:
+                loss.backward()
+        results.append(gradients(bank))
+    assert results[0].keys() == results[1].keys() == dict(bank.named_parameters()).keys()
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_recomputation_under_the_bare_backbone() -> None:
+    model, bank = bank_of("low")
+    x = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with bank.bare():
+        loss = Recomputed(model.one)(x).sum()
+    loss.backward()
+    assert x.grad is not None and not gradients(bank)
+
+
+def test_recomputation_without_the_contexts_says_what_to_do() -> None:
+    from torch.utils.checkpoint import noop_context_fn
+
+    model, bank = bank_of("low")
+    x = torch.randn(6, 12).requires_grad_()
+    with bank.route(["low"] * 6):
+        loss = Recomputed(model.one, noop_context_fn)(x).sum()
+    with pytest.raises(RouteError, match="checkpoint_contexts"):
+        loss.backward()
+
+
+# ---- classes --------------------------------------------------------------------------------------------------------
+
+
+def test_removal_restores_the_classes() -> None:
+    model = net()
+    before = {path: (type(module), set(module.__dict__)) for path, module in model.named_modules()}
+    names = [name for name, _ in model.named_buffers()]
+    bank = AdapterBank(model)
+    for name in ("block", "high", "top"):
+        bank.add(name, **SETTINGS[name])
+    assert isinstance(model.one.up, RoutedLinear) and is_routed(model.two) and not is_routed(model.one)
+    assert [name for name, _ in model.named_buffers()] == names  # nothing of the bank is registered in the backbone
+    bank.remove("block")
+    assert not is_routed(model.two) and is_routed(model.two.up)
+    bank.remove("high")
+    bank.remove("top")
+    assert {path: (type(m), set(m.__dict__)) for path, m in model.named_modules()} == before
+    model(IDS)
+
+
+def test_layers_that_no_adapter_changes_stay_as_they_are() -> None:
+    model, _ = bank_of("low")
+    assert is_routed(model.one.up) and is_routed(model.embed)
+    assert not any(map(is_routed, (model, model.one, model.one.down, model.head, model.pair.inner, model.position)))
+
+
+
+
+def test_active_route() -> None:
+    _, bank = bank_of("low")
+    with pytest.raises(RouteError):
+        active_route(bank, 3)
+    route = Route(("low",), (3,))
+    with routed(bank, route):
+        assert active_route(bank, 3) is route
+        with routed(bank, None):
+            assert active_route(bank, 3) is None
+    bank.default_route = "low"
+    assert active_route(bank, 3) == route
