@@ -6,9 +6,9 @@ command lines answer ``--help`` and a mistake without waiting for torch."""
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import typing
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from finetuna_lightning.adapters import Adapter, AdapterBank
     from finetuna_lightning.backbone import load_backbone, quantize_model_, save_backbone
     from finetuna_lightning.configs import AdapterConfig, BackboneConfig, DataConfig, OptimConfig
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

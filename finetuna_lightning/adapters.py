@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetuna_lightning.configs import ALL_LINEAR, check_adapter_name
+from finetuna_lightning.configs import ALL_LINEAR, check_adapter_name, check_adapter_names
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.nn.lora import Delta, LoRAEmbedding, LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedLinear, dequantize_, is_conv1d
@@ -60,13 +61,17 @@ def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     return {first[id(module)]: module for module in found}
 
 
+def _expert_target(model: nn.Module, pattern: str) -> TargetError:
+    path = next(path for path, p in model.named_parameters() if p.dim() == 3)
+    return TargetError(
+        f"{pattern!r} names expert weights, which are one 3-D parameter ({path}) and no linear layers: deltas on experts "
+        "are not supported; target the attention projections instead"
+    )
+
+
 def _no_match(model: nn.Module, pattern: str, wanted: str) -> TargetError:
-    experts = [path for path, p in model.named_parameters() if p.dim() == 3]
-    if experts and pattern.rsplit(".", 1)[-1] in _EXPERT_NAMES:
-        return TargetError(
-            f"{pattern!r} names expert weights, which are one 3-D parameter ({experts[0]}) and no linear layers: deltas on "
-            "experts are not supported; target the attention projections instead"
-        )
+    if pattern.rsplit(".", 1)[-1] in _EXPERT_NAMES and any(p.dim() == 3 for p in model.parameters()):
+        return _expert_target(model, pattern)
     names = {part for path, m in model.named_modules() if can_carry_delta(m) for part in (path.rsplit(".", 1)[-1], path)}
     short = sorted({path.rsplit(".", 1)[-1] for path in names if not path.rsplit(".", 1)[-1].isdigit()})
     return TargetError(f"no {wanted} matches {pattern!r}{did_you_mean(pattern, names)} (there are: {', '.join(short)})")
@@ -110,7 +115,7 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str], excluded: Iterabl
                 inside = sorted({p.rsplit(".", 1)[-1] for p, m in module.named_modules() if p and can_carry_delta(m)})
                 experts = any(p.dim() == 3 for p in module.parameters())
                 if experts:
-                    raise _no_match(model, "experts", "layer")
+                    raise _expert_target(model, pattern)
                 raise TargetError(
                     f"{pattern!r} names {path!r}, a {type(module).__name__}, which is no linear layer or embedding"
                     + (f"; inside it are: {', '.join(inside)}" if inside else "")
@@ -271,8 +276,17 @@ class AdapterBank(nn.ModuleDict):
         targets: Sequence[str] = (ALL_LINEAR,),
         plain: Sequence[str] = (),
         seed: int = 0,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Adapter:
         """Add an adapter to the live bank; its weights stand where its layers' do.
+
+        Args:
+            name: of the adapter.
+            rank, alpha, dropout, bias: of every delta, where ``settings`` says nothing else for its path.
+            targets: layers that carry a delta (see ``resolve_targets``).
+            plain: modules trained in full.
+            seed: of its random streams.
+            settings: by full path, other values of ``rank``, ``alpha``, ``dropout`` or ``bias``.
 
         Raises:
             ConfigError: for a name that is taken or not allowed, or a rank larger than a target layer.
@@ -281,18 +295,23 @@ class AdapterBank(nn.ModuleDict):
         check_adapter_name(name)
         if name in self:
             raise ConfigError(f"there is already an adapter {name!r}")
+        check_adapter_names([*self, name])
+        if hasattr(self, name):  # one that a library added to nn.Module
+            raise ConfigError(f"adapter name {name!r} is not allowed: it is an attribute of the bank")
         if any(name in path.split(".") for path, _ in self.backbone.named_modules()):
             raise ConfigError(f"adapter name {name!r} is the name of a backbone module; '{name}_adapter' would work")
         plain_paths = resolve_plain(self.backbone, plain)
         target_paths = resolve_targets(self.backbone, targets, plain_paths) if targets else {}
-        check_fit(rank, target_paths, plain_paths)
+        own = {path: {"rank": rank, "alpha": alpha} | dict((settings or {}).get(path, {})) for path in target_paths}
+        for path, module in target_paths.items():
+            check_fit(own[path]["rank"], {path: module}, plain_paths)
         adapter = Adapter(name, rank, alpha, dropout, bias, seed)
         adapter.origin = dict(self.origin)
         adapter.target_modules = self._short_names(target_paths)
         adapter.plain_modules = sorted(plain_paths)
         adapter.conv1d = any(is_conv1d(m) or getattr(m, "conv1d", False) for m in target_paths.values())
         for path, module in target_paths.items():
-            adapter.deltas[_key(path)] = self._new_delta(adapter, path, module)
+            adapter.deltas[_key(path)] = self._new_delta(adapter, path, module, own[path])
         for path, module in plain_paths.items():
             adapter.plain[_key(path)] = self._private_copy(adapter, path, module)
         self[name] = adapter
@@ -381,14 +400,14 @@ class AdapterBank(nn.ModuleDict):
         adapter.calls += 1
         return stream_seed(adapter.seed, "dropout", adapter.calls)
 
-    def _new_delta(self, adapter: Adapter, path: str, module: nn.Module) -> Delta:
+    def _new_delta(self, adapter: Adapter, path: str, module: nn.Module, own: Mapping[str, Any]) -> Delta:
         generator = torch.Generator().manual_seed(stream_seed(adapter.seed, "init", path))
         delta: Delta
         if isinstance(module, nn.Embedding):
-            delta = LoRAEmbedding(module.num_embeddings, module.embedding_dim, adapter.rank, adapter.alpha, generator)
+            delta = LoRAEmbedding(*layer_shape(module), own["rank"], own["alpha"], generator)
         else:
-            features = layer_shape(module)
-            delta = LoRALinear(*features, adapter.rank, adapter.alpha, adapter.dropout, adapter.bias, generator)
+            dropout, bias = own.get("dropout", adapter.dropout), own.get("bias", adapter.bias)
+            delta = LoRALinear(*layer_shape(module), own["rank"], own["alpha"], dropout, bias, generator)
         return delta.to(next(iter((*module.buffers(), *module.parameters()))).device)
 
     def _private_copy(self, adapter: Adapter, path: str, module: nn.Module) -> nn.Module:
@@ -428,7 +447,9 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def check_fit(rank: int, targets: dict[str, nn.Module], plain: dict[str, nn.Module]) -> None:
-    """Raise where a delta of ``rank`` fits none of ``targets``, or one of them lies in a module trained in full."""
+    """Raise where a delta of ``rank`` does not fit one of ``targets``, or one of them lies in a module trained in full."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"adapter.rank must be an integer >= 1, not {rank!r}")
     for path, module in targets.items():
         inside = next((name for name in plain if path == name or path.startswith(name + ".")), None)
         if inside is not None:

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetuna_lightning.adapters import matches, output_head, tensor_bytes
-from finetuna_lightning.errors import BackboneError, TargetError, did_you_mean, one_of
+from finetuna_lightning.errors import BackboneError, FinetunaError, TargetError, did_you_mean, one_of
 from finetuna_lightning.files import replacing_folder
 from finetuna_lightning.nn.quantized import (
     QuantizedEmbedding,
@@ -198,15 +198,20 @@ def read_info(name_or_path: str, task: str, num_labels: int = 2, revision: str |
     """Tokenizer and limits of a checkpoint. Reads its small files only."""
     config = read_config(name_or_path, revision, trust_remote_code)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            resolve_folder(name_or_path), revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
+    tokenizer = _read_tokenizer(resolve_folder(name_or_path), revision, trust_remote_code)
     limits = (getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_sequence_length"))
     positions = None if getattr(text, "relative_attention_num_buckets", None) else next((n for n in limits if n), None)
     return BackboneInfo(tokenizer, task, positions, getattr(text, "vocab_size", None), num_labels)
+
+
+def _read_tokenizer(folder: str, revision: str | None, trust_remote_code: bool) -> Any:
+    files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    if Path(folder).is_dir() and not any(any(Path(folder).glob(pattern)) for pattern in files):
+        return None  # transformers would make an empty one, of the class that fits the model
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 @contextlib.contextmanager
@@ -253,6 +258,7 @@ class _EightBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
                  **_: Any) -> None:  # fmt: skip
         self.quant_method = _METHOD
         self.scheme, self.block_size, self.skip, self.device = scheme, block_size, list(skip or ()), device
+        self.fault = ""  # why a weight could not be quantised; transformers raises an error of its own instead
 
 
 class _EightBitQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -313,21 +319,25 @@ class _Quantize:
     def convert(self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: Any = None, **_: Any) -> Any:
         out = {}
         for name, value in input_dict.items():
-            weight = (value[0] if isinstance(value, list) else value).to(self.config.device)
-            layer = model.get_submodule(name.rpartition(".")[0])
-            if tuple(weight.shape) != tuple(layer.weight.shape):
-                raise BackboneError(f"{name} is {tuple(weight.shape)} in the checkpoint, {tuple(layer.weight.shape)} in the model")
-            matrix = weight.t() if is_conv1d(layer) else weight
             try:
-                quantized = QuantizedWeight.from_weight(matrix, self.config.scheme, self.config.block_size)
+                quantized = self._quantize(name, value[0] if isinstance(value, list) else value, model)
             except ValueError as error:
-                raise BackboneError(f"cannot quantise {name!r}: {error}") from error
+                self.config.fault = self.config.fault or f"cannot quantise {name!r}: {error}"
+                raise
             codes = nn.Parameter(quantized.codes, requires_grad=False)
             codes.finetuna_quantized = quantized  # type: ignore[attr-defined]
             out[name] = codes
             if missing_keys is not None:
                 missing_keys.discard(name)
         return out
+
+    def _quantize(self, name: str, weight: Tensor, model: Any) -> QuantizedWeight:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if weight.shape != layer.weight.shape:
+            raise ValueError(f"it is {tuple(weight.shape)} in the checkpoint, {tuple(layer.weight.shape)} in the model")
+        matrix = weight.to(self.config.device)
+        matrix = matrix.t() if is_conv1d(layer) else matrix
+        return QuantizedWeight.from_weight(matrix, self.config.scheme, self.config.block_size)
 
 
 register_quantization_config(_METHOD)(_EightBitConfig)
@@ -366,7 +376,7 @@ def load_backbone(
     config = read_config(name_or_path, revision, trust_remote_code)
     if (Path(folder) / MANIFEST_NAME).is_file():
         model = skeleton(config, task, num_labels, trust_remote_code, attn_implementation)
-        new = _load_saved(model, Path(folder), scheme, block_size, list(skip), torch.device(device))
+        new = _load_saved(model, Path(folder), scheme, block_size, list(skip), torch.device(device), task)
     else:
         options: dict[str, Any] = {"num_labels": num_labels} if task == "sequence-classification" else {}
         if attn_implementation is not None:
@@ -392,10 +402,13 @@ def _load_huggingface(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model, info = AUTO_CLASSES[task].from_pretrained(
-                folder, config=config, dtype="auto", output_loading_info=True, **options
+                folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+    except FinetunaError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise BackboneError(f"backbone {folder!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        reason = quantization.fault or str(error).strip().splitlines()[0]
+        raise BackboneError(f"backbone {folder!r} cannot be loaded: {reason}") from error
     finally:
         os.environ.pop("HF_DEACTIVATE_ASYNC_LOAD")
         if before is not None:
@@ -429,9 +442,12 @@ def _own_memory(model: nn.Module) -> None:
 
 
 def _check_new(model: nn.Module, folder: str, task: str, new: list[str]) -> list[str]:
-    """The modules that the checkpoint lacks are a new classification head, or an error."""
-    if new and task != "sequence-classification":
-        raise BackboneError(f"backbone {folder!r} is not complete: it lacks the weights of {', '.join(new[:5])}")
+    """The modules that the checkpoint lacks are a new classification head (and the pooler beneath it), or an error."""
+    body = getattr(model, "base_model_prefix", "") + "."
+    head = [name for name in new if not name.startswith(body) or "pooler" in name.split(".")]
+    lost = [name for name in new if task != "sequence-classification" or name not in head]
+    if lost:
+        raise BackboneError(f"backbone {folder!r} is not complete: it lacks the weights of {', '.join(lost[:5])}")
     return [name for name in new if not any(name.startswith(other + ".") for other in new)]
 
 
@@ -452,13 +468,15 @@ def save_backbone(model: nn.Module, path: str | Path, tokenizer: Any = None) -> 
         tensors |= {f"{name}.codes": quantized.codes, f"{name}.scale": quantized.scale}
     shared = {id(q.codes) for q in matrices.values()} | {id(q.scale) for q in matrices.values()}
     keep = {name: t for name, t in model.state_dict().items() if id(t) not in shared}
-    tensors |= {name: tensor for name, tensor in _each_storage_once(keep).items()}
+    ties = _ties(keep)
+    tensors |= {name: tensor for name, tensor in keep.items() if name not in ties}
     first = next(iter(matrices.values()), None)
     manifest = {
         "format": 1,
         "scheme": first.scheme if first else "none",
         "block_size": first.block_size if first else 64,
         "layers": {path: owner[id(layer.quantized)] for path, layer in layers.items()},
+        "ties": ties,
         "types": {name: str(quantized.dtype).removeprefix("torch.") for name, quantized in matrices.items()},
         "fingerprint": fingerprint(model),
     }
@@ -471,20 +489,22 @@ def save_backbone(model: nn.Module, path: str | Path, tokenizer: Any = None) -> 
     return Path(path)
 
 
-def _each_storage_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    seen: dict[int, str] = {}
-    return {name: t for name, t in tensors.items() if seen.setdefault(t.untyped_storage().data_ptr(), name) == name}
+def _ties(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """By name, the name of an earlier tensor that is the same one."""
+    first: dict[Any, str] = {}
+    owners = {name: first.setdefault((t.data_ptr(), t.shape, t.stride()), name) for name, t in tensors.items()}
+    return {name: owner for name, owner in owners.items() if name != owner}
 
 
 def load_saved_into(model: nn.Module, path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Fill ``model``, which has the architecture but not the weights, from a folder of ``save_backbone``."""
     manifest = json.loads((Path(path) / MANIFEST_NAME).read_text())
-    _load_saved(model, Path(path), manifest["scheme"], manifest["block_size"], [], torch.device(device))
+    _load_saved(model, Path(path), manifest["scheme"], manifest["block_size"], [], torch.device(device), task="")
     return model.requires_grad_(False)
 
 
 def _load_saved(
-    model: nn.Module, folder: Path, scheme: str, block_size: int, skip: list[str], device: torch.device
+    model: nn.Module, folder: Path, scheme: str, block_size: int, skip: list[str], device: torch.device, task: str
 ) -> list[str]:
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     if manifest["scheme"] != scheme or (scheme == "int8-blockwise" and manifest["block_size"] != block_size):
@@ -499,26 +519,38 @@ def _load_saved(
         for path, source in manifest["layers"].items():
             if path not in modules:
                 continue  # the head of another task
+            if not {f"{source}.codes", f"{source}.scale"} <= names:
+                raise BackboneError(f"backbone '{folder}' is not complete: it lacks the weights of {source}")
             if source not in matrices:
                 dtype = getattr(torch, manifest["types"][source])
                 codes, scale = file.get_tensor(f"{source}.codes"), file.get_tensor(f"{source}.scale")
                 matrices[source] = QuantizedWeight(codes.clone(), scale.clone(), scheme, manifest["block_size"], dtype)
             if quantizable(modules[path]):
                 _put(modules[path], matrices[source], checked=True)
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            owner, _, leaf = name.rpartition(".")
-            if name in names:
-                loaded = nn.Parameter(file.get_tensor(name).clone(), requires_grad=False)
-                if loaded.shape != parameter.shape:
-                    raise BackboneError(f"{folder}: {name} is {tuple(loaded.shape)}, not {tuple(parameter.shape)}")
-                modules[owner]._parameters[leaf] = loaded
+        _load_parameters(model, modules, file, manifest.get("ties", {}))
         for name, buffer in model.named_buffers():
             if name in names:
                 buffer.copy_(file.get_tensor(name))
     new = sorted({name.rpartition(".")[0] for name, p in model.named_parameters() if p.device.type == "meta"})
-    new = _check_new(model, str(folder), "sequence-classification" if output_head(model) is None else "causal-lm", new)
+    new = _check_new(model, str(folder), task, new)
     _initialise(model, new, device)
     return new
+
+
+def _load_parameters(model: nn.Module, modules: dict[str, nn.Module], file: Any, ties: dict[str, str]) -> None:
+    """Give the parameters of ``model`` that are not quantised their tensors, tied ones the same."""
+    names = set(file.keys())
+    loaded: dict[str, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, leaf = name.rpartition(".")
+        stored = ties.get(name, name)
+        if stored not in names:
+            continue
+        if stored not in loaded:
+            loaded[stored] = nn.Parameter(file.get_tensor(stored).clone(), requires_grad=False)
+        if loaded[stored].shape != parameter.shape:
+            raise BackboneError(f"{name} is {tuple(loaded[stored].shape)} in the folder, {tuple(parameter.shape)} in the model")
+        modules[owner]._parameters[leaf] = loaded[stored]
 
 
 def _initialise(model: nn.Module, new: list[str], device: torch.device) -> None:

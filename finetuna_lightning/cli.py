@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from argparse import ArgumentError
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig
 from finetuna_lightning.errors import FinetunaError
 from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
 from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
@@ -19,6 +21,24 @@ from finetuna_lightning.training.callbacks.progress import AdapterProgress
 from finetuna_lightning.training.data import AdapterDataModule
 from finetuna_lightning.training.module import MultiAdapterModule
 from finetuna_lightning.training.precision import EightBitPrecision
+
+_OPTIM = OptimConfig()
+_SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class ConfiguredModule(MultiAdapterModule):
+    # What a file can describe. Given `BackboneConfig | nn.Module`, jsonargparse's help lists every nn.Module there is; given
+    # `OptimConfig | None`, it buries the message of a wrong OptimConfig.
+    __doc__ = MultiAdapterModule.__doc__
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        adapters: dict[str, AdapterConfig],
+        optim: OptimConfig = _OPTIM,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, adapters, optim, seed)
 
 
 class FinetunaCLI(LightningCLI):
@@ -41,17 +61,29 @@ class FinetunaCLI(LightningCLI):
 
 
 def run(arguments: list[str] | None = None) -> LightningCLI:
-    """Run one subcommand (``fit``, ``validate``, ``test``, ``predict``) as the command line would."""
-    options: dict[str, Any] = {"save_config_kwargs": {"overwrite": True}, "seed_everything_default": 0}
-    return FinetunaCLI(MultiAdapterModule, AdapterDataModule, args=arguments, **options)
+    """Run one subcommand (``fit``, ``validate``, ``test``, ``predict``) as the command line would.
+
+    Raises:
+        FinetunaError, MisconfigurationException, ArgumentError: for a mistake in the configuration.
+    """
+    raising = {"exit_on_error": False}  # jsonargparse would print the usage, seventy lines, before the mistake
+    return FinetunaCLI(
+        ConfiguredModule,
+        AdapterDataModule,
+        args=arguments,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # an optimizer from the command line would have no group for each adapter
+        parser_kwargs={**raising, **{name: raising for name in _SUBCOMMANDS}},
+    )
 
 
 def main() -> None:
     """Entry point: a mistake is one line and exit code 1."""
     try:
         run()
-    except FinetunaError as error:
-        print(f"finetuna-cli: error: {error}", file=sys.stderr)
+    except (FinetunaError, MisconfigurationException, ArgumentError) as error:
+        print(f"finetuna-cli: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -3,8 +3,9 @@ OmegaConf and jsonargparse accept. Values are checked at construction, so that a
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -21,12 +22,16 @@ ALL_LINEAR = "all-linear"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = frozenset(
-    # attributes of nn.ModuleDict, in which an adapter is a child: such a name would shadow a method
-    "add add_module apply attach backbone bfloat16 buffers call_super_init children clear compile cpu cuda detach double "
-    "dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu items keys "
-    "load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters pop register_buffer "
-    "register_forward_hook register_module register_parameter remove requires_grad_ route set_extra_state set_submodule "
-    "share_memory state_dict to to_empty train training type update values xpu zero_grad default_route names".split()
+    # attributes of the adapter bank, an nn.ModuleDict in which an adapter is a child: such a name would shadow a method
+    "T_destination adapters add add_module apply attach backbone backbone_nbytes bare bfloat16 buffers call_super_init "
+    "children clear compile cpu cuda default_route delta detach double dump_patches eval extra_repr float follow forward "
+    "get_buffer get_extra_state get_parameter get_submodule half ipu items keys load load_state_dict modules mtia "
+    "named_buffers named_children named_modules named_parameters names origin parameters plain_copy pop "
+    "register_backward_hook register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook "
+    "register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook "
+    "register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook remove "
+    "requires_grad_ route set_extra_state set_submodule share_memory state_dict to to_empty train training type update "
+    "values xpu zero_grad".split()
 )
 
 
@@ -46,7 +51,7 @@ def check_adapter_name(name: str) -> str:
         )
     if name in _RESERVED:
         raise ConfigError(
-            f"adapter name {name!r} is not allowed: it is an attribute of nn.ModuleDict; '{name}_adapter' would work"
+            f"adapter name {name!r} is not allowed: it is an attribute of the bank; '{name}_adapter' would work"
         )
     return name
 
@@ -96,17 +101,16 @@ def _number(what: str, value: object, low: float, high: float | None = None, *, 
     wanted = f"{'an integer' if integer else 'a number'} >= {above}" + (f" and < {high:g}" if high is not None else "")
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise ConfigError(f"{what} must be {wanted}, not {value!r}")
-    if not value >= low or (high is not None and not value < high):
+    if not (value >= low and value < (math.inf if high is None else high)):  # NaN is in no range
         raise ConfigError(f"{what} must be {wanted}, not {value!r}")
 
 
-def _names(what: str, value: list[str] | str) -> list[str]:
+def _names(what: str, value: Any) -> list[str]:
     """A single name stands for a list of one."""
-    value = [value] if isinstance(value, str) else list(value)
-    for item in value:
-        if not isinstance(item, str) or not item:
-            raise ConfigError(f"{what} must be a list of module names, suffixes or regular expressions, not {value!r}")
-    return value
+    names: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [None]
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{what} must be a list of module names, suffixes or regular expressions, not {value!r}")
+    return names
 
 
 @dataclass
@@ -222,7 +226,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _choice("optim.name", self.name, OPTIMIZERS)
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ConfigError(f"optim.betas must be two numbers, not {self.betas!r}")
         for beta in self.betas:
             _number("optim.betas", beta, 0, 1)

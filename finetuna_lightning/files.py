@@ -45,14 +45,16 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for item in beside.rglob("*"):
-            if item.is_file():
-                _sync(item)
-        _sync(beside)
+        for item in (*beside.rglob("*"), beside):
+            _sync(item)
         if target.exists() and not _exchange(beside, target):
             old = target.parent / f".{target.name}.{os.getpid()}.old"
             os.rename(target, old)
-            os.rename(beside, target)
+            try:
+                os.rename(beside, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         elif beside.exists() and not target.exists():
             os.rename(beside, target)

@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetuna_lightning.errors import ConfigError, FinetunaError, did_you_mean
+
+
+class _Noise(logging.Filter):
+    """Drops what Lightning says at every start and a user of this program cannot act on."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("\U0001f4a1", "TPU available", "GPU available"))
+
+
+def _quiet() -> None:
+    """One line a message: Hydra's handlers serve, on the terminal and in the job's log file; Lightning's own go."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_Noise())
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")  # lightning 2.6 with torch 2.13
 
 
 _FAILED: list[FinetunaError] = []
@@ -35,6 +53,7 @@ def train(config: DictConfig) -> float | None:
 
     from finetuna_lightning.build import build_data, build_module
 
+    _quiet()
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     started = time.monotonic()
     pl.seed_everything(plain["seed"], verbose=False)
@@ -125,6 +144,7 @@ def _task(config: DictConfig) -> float | None:
 
 def main() -> None:
     """Entry point: a mistake is one line and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
+    _FAILED.clear()
     full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits before the error gets here
     run = hydra.main(version_base="1.3", config_path="pkg://finetuna_lightning.conf", config_name="train")

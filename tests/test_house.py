@@ -30,10 +30,10 @@ HOUSE = """
     2  nn/quantized.py
     2  nn/lora.py
     2  nn/routing.py
-    3  backbone.py
+    3  peft_io.py
     3  adapters.py
+    3  backbone.py
     4  finetuned.py
-    4  peft_io.py
     5  training/precision.py
     5  training/optim.py
     5  training/sources.py
@@ -48,8 +48,6 @@ HOUSE = """
     6  build.py
     7  train.py
     7  cli.py
-    7  generate.py
-    7  export.py
     7  quickstart/pretrain.py
     8  __init__.py
 """

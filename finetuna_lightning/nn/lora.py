@@ -55,7 +55,8 @@ class LoRALinear(_Delta):
         super().__init__(rank, alpha)
         self.dropout = dropout
         bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5), as nn.Linear's own
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator))
+        a = torch.empty(rank, in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
         self.lora_bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -82,7 +83,7 @@ class LoRAEmbedding(_Delta):
     ) -> None:
         super().__init__(rank, alpha)
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, num_embeddings))
-        self.lora_embedding_B = nn.Parameter(torch.empty(dim, rank).normal_(generator=generator))
+        self.lora_embedding_B = nn.Parameter(torch.empty(dim, rank, device="cpu").normal_(generator=generator))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The delta for ids, in ``dtype``."""

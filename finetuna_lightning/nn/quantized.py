@@ -172,7 +172,7 @@ class QuantizedEmbedding(nn.Embedding):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' ``Conv1D``: a linear layer that keeps its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")  # also a routed one
 
 
 def quantizable(module: nn.Module) -> bool:
@@ -197,7 +197,7 @@ def _own_forward_is_plain(module: nn.Module, weight: Tensor) -> bool:
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
     with torch.no_grad():
         return torch.allclose(
-            module(x).float(), nn.functional.linear(x, weight, module.bias).float(), rtol=1e-2, atol=1e-2  # type: ignore[arg-type]
+            module.forward(x).float(), nn.functional.linear(x, weight, module.bias).float(), rtol=1e-2, atol=1e-2  # type: ignore[arg-type]
         )
 
 

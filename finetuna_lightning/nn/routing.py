@@ -5,18 +5,20 @@ the batch, for that adapter's delta or private copy. The base computation runs o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 
 from finetuna_lightning.errors import RouteError
 from finetuna_lightning.nn.lora import Delta, LoRALinear
-from finetuna_lightning.nn.quantized import QuantizedEmbedding, mixed
+from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedWeight, mixed
 from finetuna_lightning.seeds import stream_seed
 
 
@@ -152,17 +154,19 @@ class _Routed(nn.Module):
         route = active_route(bank, x.shape[0])
         if route is None:
             return y
-        if x.shape[0] == 1 and route.total > 1:  # one row for the whole batch, as GPT-2's position ids
+        if _for_all_rows(x, route):
             x, y = x.expand(route.total, *x.shape[1:]), y.expand(route.total, *y.shape[1:])
-        segments = [(name, stop - start, bank.delta(name, path)) for name, start, stop in route.segments(x.shape[0])]
-        if all(delta is None for *_, delta in segments):
+        spans: dict[str, list[Span]] = {}
+        for name, start, stop in route.segments(x.shape[0]):
+            spans.setdefault(name, []).append((start, stop))
+        deltas = {name: bank.delta(name, path) for name in spans}
+        if all(delta is None for delta in deltas.values()):
             return y
-        sizes = [size for _, size, _ in segments]  # split, whose backward is one concatenation; a slice's is a full pass
-        pieces = [
-            own_y if delta is None else _plus_delta(delta, own_x, own_y, route, name, path)
-            for (name, _, delta), own_x, own_y in zip(segments, x.split(sizes), y.split(sizes), strict=True)
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        parts = []  # an adapter's rows stand together, wherever they lie, so that its dropout masks are those of it alone
+        for name, own in spans.items():
+            delta, base = deltas[name], _take(y, own)
+            parts.append(base if delta is None else _plus_delta(delta, _take(x, own), base, route, name, path))
+        return _put_back(parts, list(spans.values()))
 
 
 class RoutedLinear(_Routed):
@@ -184,43 +188,77 @@ class RoutedPlain(_Routed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        bank, path, count = self._finetuna_bank, self._finetuna_path, first.shape[0]
-        route = active_route(bank, count)
+        bank, path = self._finetuna_bank, self._finetuna_path
+        route = active_route(bank, first.shape[0])
         if route is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        runs: list[tuple[nn.Module | None, list[tuple[str, int, int]]]] = []
+        arguments, count = (args, kwargs), first.shape[0]
+        if _for_all_rows(first, route):
+            arguments, count = _each_row(arguments, lambda t: t.expand(route.total, *t.shape[1:]), 1), route.total
+        groups: dict[int, tuple[nn.Module | None, list[tuple[str, int, int]]]] = {}
         for name, start, stop in route.segments(count):
             copy = bank.plain_copy(name, path)
-            if runs and runs[-1][0] is copy:
-                runs[-1][1].append((name, start, stop))
+            groups.setdefault(id(copy), (copy, []))[1].append((name, start, stop))
+        outputs, places = [], []
+        for copy, segments in groups.values():
+            spans = [(start, stop) for _, start, stop in segments]
+            cut_args, cut_kwargs = _each_row(arguments, partial(_take, spans=spans), count)
+            if copy is None:
+                part = Route(tuple(n for n, *_ in segments), tuple(b - a for _, a, b in segments), route.seeds)
+                with routed(bank, part):  # the modules inside see these rows alone
+                    outputs.append(super().forward(*cut_args, **cut_kwargs))  # type: ignore[misc]
             else:
-                runs.append((copy, [(name, start, stop)]))
-        outputs = []
-        for copy, segments in runs:
-            cut_args, cut_kwargs = _rows((args, kwargs), count, segments[0][1], segments[-1][2])
-            if copy is not None:
-                outputs.append(_call_copy(copy, first, cut_args, cut_kwargs))
-                continue
-            part = Route(tuple(n for n, *_ in segments), tuple(b - a for _, a, b in segments), route.seeds)
-            with routed(bank, part):  # the modules inside see these rows alone
-                outputs.append(super().forward(*cut_args, **cut_kwargs))  # type: ignore[misc]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+                outputs.append(_call_copy(copy, _activations_type(self, first), first.device, cut_args, cut_kwargs))
+            places.append(spans)
+        return tree_map(lambda *leaves: _put_back(leaves, places), *outputs)
 
 
-def _rows(arguments: tuple[Any, Any], count: int, start: int, stop: int) -> Any:
-    """The arguments with every tensor of ``count`` leading entries cut to rows start..stop."""
-    return torch.utils._pytree.tree_map_only(
-        Tensor, lambda t: t[start:stop] if t.dim() and t.shape[0] == count else t, arguments
-    )
+Span = tuple[int, int]
 
 
-def _call_copy(copy: nn.Module, first: Tensor, args: Any, kwargs: Any) -> Any:
+def _for_all_rows(x: Tensor, route: Route) -> bool:
+    """Whether ``x`` is one row of indices for the whole batch, as GPT-2's position ids."""
+    return x.shape[0] == 1 and route.total > 1 and not x.is_floating_point()
+
+
+def _each_row(arguments: Any, change: Callable[[Tensor], Tensor], count: int) -> Any:
+    """The arguments with ``change`` applied to every tensor of ``count`` leading entries."""
+    return tree_map_only(Tensor, lambda t: change(t) if t.dim() and t.shape[0] == count else t, arguments)
+
+
+def _take(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The rows of ``spans``, one after another."""
+    pieces = [tensor[start:stop] for start, stop in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _put_back(parts: Sequence[Any], places: Sequence[Sequence[Span]]) -> Any:
+    """The rows of all parts, each in its own place: what ``_take`` undoes. Of parts that are no tensors, the first."""
+    if len(parts) == 1 or not isinstance(parts[0], Tensor):
+        return parts[0]
+    pieces: dict[int, Tensor] = {}
+    for part, spans in zip(parts, places, strict=True):
+        each = part.shape[0] // sum(stop - start for start, stop in spans)
+        cut = part.split([(stop - start) * each for start, stop in spans])
+        pieces |= {start: piece for (start, _), piece in zip(spans, cut, strict=True)}
+    return torch.cat([pieces[start] for start in sorted(pieces)])
+
+
+def _activations_type(module: nn.Module, first: Tensor) -> torch.dtype:
+    """What ``module``, whose first argument is ``first``, computes in."""
+    if first.is_floating_point():
+        return first.dtype
+    stored = [part.dtype for part in module.modules() if isinstance(part, QuantizedWeight)]
+    return [*stored, *(p.dtype for p in module.parameters()), torch.float32][0]
+
+
+def _call_copy(copy: nn.Module, dtype: torch.dtype, device: torch.device, args: Any, kwargs: Any) -> Any:
     """Call a private copy, whose weights are float32, in the activations' 16-bit type."""
-    if first.dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float16, torch.bfloat16):
         return copy(*args, **kwargs)
-    with torch.autocast(first.device.type, dtype=first.dtype):
+    with torch.autocast(device.type, dtype=dtype):
         out = copy(*args, **kwargs)
-    return out.to(first.dtype) if isinstance(out, Tensor) else out
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, out)
 
 
 def route_(module: nn.Module, bank: DeltaSource, path: str, *, deltas: bool, plain: bool) -> nn.Module:

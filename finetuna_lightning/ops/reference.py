@@ -112,9 +112,11 @@ def dequantize(codes: Tensor, scale: Tensor, scheme: str, block_size: int, dtype
     """The matrix [out, in] in ``dtype``; products are rounded once, from float32 (or wider)."""
     if scheme == "int8-blockwise":
         wide = torch.promote_types(dtype, torch.float32)
-        values = _values(codes, scheme, wide).view(-1)
-        padded = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
-        return (padded * scale[:, None]).view(-1)[: codes.numel()].view(codes.shape).to(dtype)
+        values = _values(codes, scheme, wide).view(-1)  # in memory of its own, so scaled in place
+        blocks = values.numel() // block_size
+        values[: blocks * block_size].view(-1, block_size).mul_(scale[:blocks, None])
+        values[blocks * block_size :].mul_(scale[blocks:])  # the last block, where it is not a whole one
+        return values.view(codes.shape).to(dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     left = codes if scheme == "int8" else codes.view(torch.float8_e4m3fn).to(dtype)
     return torch.mul(left, scale.to(torch.promote_types(dtype, torch.float32))[:, None], out=out)

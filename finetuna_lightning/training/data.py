@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
+from finetuna_lightning.backbone import BackboneInfo
 from finetuna_lightning.configs import DataConfig, check_adapter_names
 from finetuna_lightning.errors import ConfigError, DataError, did_you_mean
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training.loader import JointLoader
 from finetuna_lightning.training.sources import Document, check_files, label_names, read_documents, split_document
-from finetuna_lightning.training.tokenizing import BackboneInfo, Example, Progress, check_kind, pad_token_id, tokenise
+from finetuna_lightning.training.tokenizing import Example, Progress, check_kind, pad_token_id, tokenise
 
 SPLITS = ("train", "val", "test")
+_NO_BACKBONE = BackboneInfo(tokenizer=None, task="any", max_positions=None, vocab_size=None, num_labels=0)
 _LARGE = 2_000_000  # characters: below, tokenising is over before a progress bar is drawn
 
 
@@ -144,11 +146,7 @@ class AdapterDataModule(LightningDataModule):
 
     def _info(self, module: Any) -> BackboneInfo:
         """What is known of the model; of its tokenizer alone, where there is no trainer."""
-        if module is None:
-            info = BackboneInfo(self.tokenizer)
-        else:
-            told = module.backbone_info()
-            info = BackboneInfo(**{item.name: getattr(told, item.name) for item in fields(BackboneInfo)})
+        info: BackboneInfo = module.backbone_info() if module is not None else _NO_BACKBONE
         if self.tokenizer is not None:
             info = replace(info, tokenizer=self.tokenizer)
         if info.tokenizer is None:
@@ -164,7 +162,7 @@ class AdapterDataModule(LightningDataModule):
         names: list[str] = []
         if kind == "classification":
             names = config.labels or label_names(item for items in documents.values() for item in items)
-            if info.num_labels is not None and len(names) > info.num_labels:
+            if info.task == "sequence-classification" and len(names) > info.num_labels:
                 raise DataError(
                     f"the data has {len(names)} labels ({', '.join(names)}) but backbone.num_labels is "
                     f"{info.num_labels}: set backbone.num_labels={len(names)}"

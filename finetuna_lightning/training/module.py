@@ -28,7 +28,7 @@ from finetuna_lightning.backbone import (
     skeleton,
 )
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig, as_config, check_adapter_names
-from finetuna_lightning.errors import CheckpointError, ConfigError, did_you_mean
+from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training.metrics import AdapterMetrics
@@ -151,37 +151,46 @@ class MultiAdapterModule(LightningModule):
         """Load the backbone into 8 bits and attach the adapters. A second call does nothing."""
         if self._bank is not None:
             return
-        config, plugin, device = self.backbone_config, self._plugin(), self._root_device()
-        if config is None:
-            self.backbone, new = self._plain_backbone[0], []
-            if plugin is not None and not quantized_layers(self.backbone):
-                plugin.check_device(device, plugin.scheme)
-                quantize_model_(self.backbone, plugin.scheme, plugin.block_size, plugin.skip_modules)
-                cast_(self.backbone, resolve_dtype(plugin.dtype, device))
-        else:
-            if plugin is not None:
-                plugin.check_device(device, config.scheme)
-            self.check_targets()
-            name = plugin.dtype if plugin is not None and config.dtype == "auto" else config.dtype
-            self.backbone = load_backbone(
-                config.name_or_path, scheme=config.scheme, block_size=config.block_size, task=config.task,
-                num_labels=config.num_labels, dtype=resolve_dtype(name, device), skip=config.skip_modules, device=device,
-                revision=config.revision, attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-            )  # fmt: skip
-            new = list(self.backbone.finetuna_new_modules)  # type: ignore[arg-type]
-            if config.gradient_checkpointing:
-                enable_checkpointing(self.backbone)
-        bank = AdapterBank(self.backbone, self.backbone_identity())
-        for name, adapter in self.adapter_configs.items():
-            bank.add(
-                name, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, bias=adapter.bias,
-                targets=adapter.target_modules, plain=[*adapter.plain_modules, *new], seed=self.adapter_seed(name),
-            )  # fmt: skip
+        with torch.device("cpu"):  # Lightning calls this under the run's device, which is named where it is wanted
+            new = self._prepare_plain() if self.backbone_config is None else self._load(self.backbone_config)
+            assert self.backbone is not None
+            bank = AdapterBank(self.backbone, self.backbone_identity())
+            for name, adapter in self.adapter_configs.items():
+                bank.add(
+                    name, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, bias=adapter.bias,
+                    targets=adapter.target_modules, plain=[*adapter.plain_modules, *new], seed=self.adapter_seed(name),
+                )  # fmt: skip
         self._bank = bank
         info = self.backbone_info()
         self.val_metrics = nn.ModuleDict({name: AdapterMetrics(self.task, info.num_labels) for name in bank})
         self.train()
+
+    def _prepare_plain(self) -> list[str]:
+        """Quantise a backbone that came as a module, as the precision plugin says."""
+        self.backbone = self._plain_backbone[0]
+        plugin, device = self._plugin(), self._root_device()
+        if plugin is not None and not quantized_layers(self.backbone):
+            plugin.check_device(device, plugin.scheme)
+            quantize_model_(self.backbone, plugin.scheme, plugin.block_size, plugin.skip_modules)
+            cast_(self.backbone, resolve_dtype(plugin.dtype, device))
+        return []
+
+    def _load(self, config: BackboneConfig) -> list[str]:
+        """Load a checkpoint; the names of modules that it lacks, which every adapter trains in full."""
+        plugin, device = self._plugin(), self._root_device()
+        if plugin is not None:
+            plugin.check_device(device, config.scheme)
+        self.check_targets()
+        dtype = plugin.dtype if plugin is not None and config.dtype == "auto" else config.dtype
+        self.backbone = load_backbone(
+            config.name_or_path, scheme=config.scheme, block_size=config.block_size, task=config.task,
+            num_labels=config.num_labels, dtype=resolve_dtype(dtype, device), skip=config.skip_modules, device=device,
+            revision=config.revision, attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+        if config.gradient_checkpointing:
+            enable_checkpointing(self.backbone)
+        return list(self.backbone.finetuna_new_modules)  # type: ignore[arg-type]
 
     def check_targets(self) -> None:
         """Resolve every adapter's modules on the architecture alone, before any weight is read.
@@ -200,8 +209,8 @@ class MultiAdapterModule(LightningModule):
                 heads = _classification_heads(model) if config.task == "sequence-classification" else []
                 targets = resolve_targets(model, adapter.target_modules, [*plain, *heads]) if adapter.target_modules else {}
                 check_fit(adapter.rank, targets, plain)
-            except ConfigError as error:
-                raise ConfigError(f"adapter {name!r}: {error}") from error
+            except (ConfigError, TargetError) as error:
+                raise type(error)(f"adapter {name!r}: {error}") from error
 
     def backbone_identity(self) -> dict[str, str | None]:
         """Task, name, revision and fingerprint of the backbone: what a checkpoint keeps of it."""

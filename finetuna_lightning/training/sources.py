@@ -109,15 +109,14 @@ def split_document(document: Document) -> list[Document]:
     parts = re.split(r"(?<=\n)(?=[^\S\n]*\n)", document.text)
     if sum(bool(part.strip()) for part in parts) < 2:
         parts = document.text.splitlines(keepends=True)
-    size = min(_PIECE_CHARACTERS, len(document.text) // 10)
+    size = max(1, min(_PIECE_CHARACTERS, len(document.text) // 10))
     pieces: list[str] = []
     for part in parts:
-        full = pieces and len(pieces[-1]) >= size and pieces[-1].strip() and part.strip()
-        if full or not pieces:
+        if not pieces or len(pieces[-1].strip()) >= size:
             pieces.append(part)
         else:
             pieces[-1] += part
-    if len(pieces) > 1 and not pieces[-1].strip():
+    if not pieces[-1].strip():
         blank = pieces.pop()
         pieces[-1] += blank
     last = len(pieces)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetuna_lightning.backbone import BackboneInfo
 from finetuna_lightning.errors import DataError
 from finetuna_lightning.training.sources import Document, label_index
 
@@ -36,25 +37,6 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class BackboneInfo:
-    """What data must know of a model.
-
-    Args:
-        tokenizer: the backbone's own.
-        task: ``causal-lm``, ``sequence-classification`` or ``seq2seq-lm``; None: not known, whatever the data is for.
-        max_positions: the longest sequence that the model has positions for; None: no limit.
-        vocab_size: rows of the embedding; None: not known.
-        num_labels: classes of a sequence classifier; None: not known.
-    """
-
-    tokenizer: Any
-    task: str | None = None
-    max_positions: int | None = None
-    vocab_size: int | None = None
-    num_labels: int | None = None
-
-
 @dataclass(slots=True, eq=False)
 class Example:
     """One row: ``input_ids`` [T] int64, and ``labels`` [T] int64 (-100 where ignored), [U] for a sequence-to-sequence
@@ -64,20 +46,21 @@ class Example:
     labels: Tensor | int
 
 
-def check_kind(kind: str, task: str | None) -> None:
-    """Raise a ``DataError`` unless data of ``kind`` can train a model of ``task``."""
-    if task is None:
-        return
-    if task == "sequence-classification":
-        if kind != "classification":
-            raise DataError(
-                f"the data is {kind!r} but backbone.task is {task!r}: give each record a text and a label "
-                "(data.text_field, data.label_field), or set backbone.task=causal-lm"
-            )
-    elif kind not in _KINDS[task]:
-        allowed = " or ".join(repr(name) for name in _KINDS[task])
+def check_kind(kind: str, task: str) -> None:
+    """Raise a ``DataError`` unless data of ``kind`` can train a model of ``task``; one of another task, such as a plain
+    module, takes any."""
+    if task == "sequence-classification" and kind != "classification":
+        raise DataError(
+            f"the data is {kind!r} but backbone.task is {task!r}: give each record a text and a label "
+            "(data.text_field, data.label_field), or set backbone.task=causal-lm"
+        )
+    allowed = _KINDS.get(task, (kind,))
+    if kind not in allowed:
         remedy = "; or set backbone.task=sequence-classification" if kind == "classification" else ""
-        raise DataError(f"the data is {kind!r} but backbone.task is {task!r}: set data.kind to {allowed}{remedy}")
+        raise DataError(
+            f"the data is {kind!r} but backbone.task is {task!r}: "
+            f"set data.kind to {' or '.join(repr(name) for name in allowed)}{remedy}"
+        )
 
 
 def sequence_length(max_length: int | None, max_positions: int | None) -> int:

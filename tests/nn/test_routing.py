@@ -57,7 +57,7 @@ class Net(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         places = torch.arange(ids.shape[1])[None, :]
         x = self.embed(ids) + self.position(places)
-        x = self.two(self.one(x), torch.full((len(ids), 1, 1), 0.5))
+        x = self.two(self.one(x), x.new_full((len(ids), 1, 1), 0.5))
         y, nothing, more = self.pair(x)
         assert nothing is None
         return self.head(x + y + more["mean"][..., None])  # type: ignore[no-any-return]
@@ -248,16 +248,25 @@ def test_arguments_by_keyword_follow_their_rows() -> None:
     assert torch.allclose(joint[[1, 2]], alone[[1, 2]], atol=1e-6) and torch.allclose(joint[[0, 3]], bare[[0, 3]], atol=1e-6)
 
 
-def test_a_private_copy_is_called_in_the_activations_type() -> None:
-    layer = nn.Sequential(nn.Linear(8, 8)).bfloat16()
-    bank = AdapterBank(layer)
-    bank.add("a", targets=[], plain=["0"])
-    x = torch.randn(3, 8, dtype=torch.bfloat16)
-    with bank.route(["a"] * 3):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in bank.parameters())
+@pytest.mark.parametrize("scheme", ["int8", None])
+@pytest.mark.parametrize("plain", ["embed", "one", "pair", "head"])
+def test_a_private_copy_is_called_in_the_activations_type(plain: str, scheme: str | None) -> None:
+    """Its weights are float32; what it gives must not lift its neighbours' rows, or its own, out of 16 bits."""
+    model = net(scheme).bfloat16()
+    bank = AdapterBank(model)
+    excite(bank.add("a", targets=[], plain=[plain]))
+    bank.add("b", rank=2, targets=["up"])
+    for order in (["a"] * 6, ["a", "b", "a", "b", "b", "b"]):
+        types: list[torch.dtype] = []
+        hooks = [m.register_forward_hook(lambda m, i, out: types.append(out.dtype)) for m in (model.embed, model.one, model.head)]
+        with bank.route(order):
+            y = model(IDS)
+        assert types == [torch.bfloat16] * 3
+        for hook in hooks:
+            hook.remove()
     y.sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in bank.parameters())
+    grads = gradients(bank["a"])
+    assert grads and all(grad.dtype == torch.float32 for grad in grads.values())
 
 
 # ---- routes ---------------------------------------------------------------------------------------------------------

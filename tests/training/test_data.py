@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from finetuna_lightning.backbone import BackboneInfo
 from finetuna_lightning.configs import DataConfig
 from finetuna_lightning.errors import ConfigError, DataError
 from finetuna_lightning.training.data import AdapterDataModule, split_indices
 from finetuna_lightning.training.loader import JointLoader
-from finetuna_lightning.training.tokenizing import BackboneInfo, Example
+from finetuna_lightning.training.tokenizing import Example
 from tests.helpers.tokenizer import VOCAB_SIZE, byte_tokenizer
 
 # lightning 2.6 on torch 2.13, in CombinedLoader's use of pytrees
@@ -30,7 +31,8 @@ class Module(pl.LightningModule):
     def __init__(self, names: list[str], **info: Any) -> None:
         super().__init__()
         self.adapter_names = names
-        self.info = BackboneInfo(**{"tokenizer": byte_tokenizer(), "task": "causal-lm", **info})
+        limits = {"max_positions": None, "vocab_size": None, "num_labels": 2}
+        self.info = BackboneInfo(**{"tokenizer": byte_tokenizer(), "task": "causal-lm", **limits, **info})
         self.asked = 0
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: dict[str, list[dict[str, list[str]]]] = {"train": [], "val": [], "test": [], "predict": []}

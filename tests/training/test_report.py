@@ -109,11 +109,19 @@ def test_only_so_many_batches_are_read(module: MultiAdapterModule) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_module_is_left_as_it_was(module: MultiAdapterModule, training: bool) -> None:
+def test_the_module_is_left_as_it_was(
+    module: MultiAdapterModule, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    modes: list[bool] = []
+    original = MultiAdapterModule.losses
+    monkeypatch.setattr(
+        MultiAdapterModule, "losses", lambda self, *args: (modes.append(self.training), original(self, *args))[1]
+    )
     module.train(training)
     calls = [adapter.calls for adapter in module.adapters.adapters()]
     evaluate_on_every_set(module, Sets({"sql": 2}))
     assert module.training == training
+    assert modes == [False, False]  # the backbone, and the adapters
     assert [adapter.calls for adapter in module.adapters.adapters()] == calls
     assert all(parameter.grad is None for parameter in module.parameters())
 

@@ -46,6 +46,8 @@ def message_of(path: str, **settings: Any) -> str:
         ({"text": "abc"}, "text", Document(1, "abc")),
         ({"prompt": "p", "completion": "c"}, "prompt", Document(1, "p", "c")),
         ({"prompt": "p", "completion": "c", "text": "t"}, "prompt", Document(1, "p", "c")),
+        ({"prompt": "p", "text": "t"}, "text", Document(1, "t")),
+        ({"completion": "c", "text": "t"}, "text", Document(1, "t")),
         ({"messages": CHAT, "text": "t"}, "chat", Document(1, messages=CHAT)),
         ({"text": "t", "label": "good"}, "classification", Document(1, "t", label="good")),
         ({"text": "t", "label": True}, "classification", Document(1, "t", label="True")),
@@ -262,6 +264,11 @@ def test_one_long_document_is_cut_into_contiguous_pieces(gap: str) -> None:
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     long = split_document(Document(1, document.text * 100))
     assert all(len(piece.text) < 5000 for piece in long)
+
+
+def test_blank_lines_make_no_piece() -> None:
+    pieces = split_document(Document(1, "\n\n" + "a" * 50 + "\n\n" + "b" * 50 + "\n\n\n"))
+    assert [piece.text.strip()[:1] for piece in pieces] == ["a", "b"]
 
 
 def test_a_document_of_one_line_stays_whole() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from finetuna_lightning.backbone import BackboneInfo
 from finetuna_lightning.errors import DataError
 from finetuna_lightning.training.sources import Document
 from finetuna_lightning.training.tokenizing import (
     IGNORED,
-    BackboneInfo,
     Example,
     check_kind,
     pad_token_id,
@@ -45,6 +45,10 @@ CHAT = [
 ]
 
 
+def info_of(tokenizer: Any, task: str = "any", **limits: Any) -> BackboneInfo:
+    return BackboneInfo(tokenizer, task, **{"max_positions": None, "vocab_size": None, "num_labels": 2, **limits})
+
+
 def decoded(example: Example, tokenizer: Any) -> tuple[str, str]:
     """All of the example as text, and the labelled part of it."""
     assert isinstance(example.labels, torch.Tensor)
@@ -58,36 +62,36 @@ def texts(*values: str) -> list[Document]:
 
 def test_text_is_joined_with_eos_and_cut_into_blocks() -> None:
     tokenizer = byte_tokenizer()
-    examples = tokenise(texts("abcd", "ef", "gh"), "text", BackboneInfo(tokenizer), max_length=4)
+    examples = tokenise(texts("abcd", "ef", "gh"), "text", info_of(tokenizer), max_length=4)
     assert [tokenizer.decode(example.input_ids) for example in examples] == ["abcd", "<eos>ef<eos>", "gh<eos>"]
     assert all(torch.equal(example.input_ids, example.labels) for example in examples)
 
 
 def test_a_last_block_of_one_token_is_left_out() -> None:
-    examples = tokenise(texts("abcd"), "text", BackboneInfo(byte_tokenizer()), max_length=4)
+    examples = tokenise(texts("abcd"), "text", info_of(byte_tokenizer()), max_length=4)
     assert [len(example.input_ids) for example in examples] == [4]
-    assert tokenise([], "text", BackboneInfo(byte_tokenizer())) == []
+    assert tokenise([], "text", info_of(byte_tokenizer())) == []
 
 
 def test_pieces_of_a_document_are_joined_without_eos() -> None:
     tokenizer = byte_tokenizer()
     documents = [Document(1, "ab", ends=False), Document(2, "cd")]
-    (example,) = tokenise(documents, "text", BackboneInfo(tokenizer))
+    (example,) = tokenise(documents, "text", info_of(tokenizer))
     assert tokenizer.decode(example.input_ids) == "abcd<eos>"
 
 
 def test_text_of_a_tokenizer_with_bos_and_of_one_without_eos() -> None:
     tokenizer = byte_tokenizer(bos=True)
-    (example,) = tokenise(texts("ab", "c"), "text", BackboneInfo(tokenizer))
+    (example,) = tokenise(texts("ab", "c"), "text", info_of(tokenizer))
     assert tokenizer.decode(example.input_ids) == "<bos>ab<eos><bos>c<eos>"
     tokenizer = byte_tokenizer(eos=False)
-    (example,) = tokenise(texts("ab", "c"), "text", BackboneInfo(tokenizer))
+    (example,) = tokenise(texts("ab", "c"), "text", info_of(tokenizer))
     assert tokenizer.decode(example.input_ids) == "abc"
 
 
 def test_prompt_has_labels_on_the_completion_alone() -> None:
     tokenizer = byte_tokenizer(bos=True)
-    (example,) = tokenise([Document(1, "2+2=", "4")], "prompt", BackboneInfo(tokenizer, "causal-lm"))
+    (example,) = tokenise([Document(1, "2+2=", "4")], "prompt", info_of(tokenizer, "causal-lm"))
     assert decoded(example, tokenizer) == ("<bos>2+2=4<eos>", "4<eos>")
     assert isinstance(example.labels, torch.Tensor)
     assert torch.equal(example.labels[-2:], example.input_ids[-2:])  # aligned, not shifted
@@ -95,13 +99,13 @@ def test_prompt_has_labels_on_the_completion_alone() -> None:
 
 def test_prompt_that_ends_in_eos_is_not_closed_before_its_completion() -> None:
     tokenizer = byte_tokenizer()
-    (example,) = tokenise([Document(1, "q<eos>", "a<eos>")], "prompt", BackboneInfo(tokenizer))
+    (example,) = tokenise([Document(1, "q<eos>", "a<eos>")], "prompt", info_of(tokenizer))
     assert decoded(example, tokenizer) == ("qa<eos>", "a<eos>")
 
 
 def test_prompt_for_seq2seq_has_the_completion_as_labels_of_its_own() -> None:
     tokenizer = byte_tokenizer()
-    info = BackboneInfo(tokenizer, "seq2seq-lm")
+    info = info_of(tokenizer, "seq2seq-lm")
     (example,) = tokenise([Document(1, "long prompt", "short")], "prompt", info, max_length=6)
     assert decoded(example, tokenizer) == ("long p", "short<eos>")
     (example,) = tokenise([Document(1, "q", "")], "prompt", info)
@@ -111,7 +115,7 @@ def test_prompt_for_seq2seq_has_the_completion_as_labels_of_its_own() -> None:
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE])
 def test_chat_has_labels_on_the_answers_alone(template: str) -> None:
     tokenizer = byte_tokenizer(bos=True, chat_template=template)
-    (example,) = tokenise([Document(1, messages=CHAT)], "chat", BackboneInfo(tokenizer, "causal-lm"))
+    (example,) = tokenise([Document(1, messages=CHAT)], "chat", info_of(tokenizer, "causal-lm"))
     text, labelled = decoded(example, tokenizer)
     assert (
         text
@@ -122,13 +126,13 @@ def test_chat_has_labels_on_the_answers_alone(template: str) -> None:
 
 def test_chat_whose_template_drops_the_reasoning_block_of_earlier_answers() -> None:
     tokenizer = byte_tokenizer(chat_template=THINKING_TEMPLATE)
-    (example,) = tokenise([Document(1, messages=CHAT)], "chat", BackboneInfo(tokenizer))
+    (example,) = tokenise([Document(1, messages=CHAT)], "chat", info_of(tokenizer))
     assert decoded(example, tokenizer)[1] == "yo<eos>\n<think>\n\n</think>\n\nbye<eos>\n"
 
 
 def test_chat_is_cut() -> None:
     tokenizer = byte_tokenizer()
-    (example,) = tokenise([Document(1, messages=CHAT[1:3])], "chat", BackboneInfo(tokenizer), max_length=26)
+    (example,) = tokenise([Document(1, messages=CHAT[1:3])], "chat", info_of(tokenizer), max_length=26)
     assert decoded(example, tokenizer) == ("<|user|>hi<eos>\n<|assistant|>y", "y")
 
 
@@ -144,13 +148,13 @@ def test_chat_is_cut() -> None:
 def test_chats_that_cannot_be_rendered(template: str | None, messages: list[dict[str, Any]], complaint: str) -> None:
     tokenizer = byte_tokenizer(chat_template=template)
     with pytest.raises(DataError, match=complaint):
-        tokenise([Document(7, messages=messages)], "chat", BackboneInfo(tokenizer))
+        tokenise([Document(7, messages=messages)], "chat", info_of(tokenizer))
 
 
 def test_chat_template_by_name() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {"default": GENERATION_TEMPLATE}
-    (example,) = tokenise([Document(1, messages=CHAT)], "chat", BackboneInfo(tokenizer))
+    (example,) = tokenise([Document(1, messages=CHAT)], "chat", info_of(tokenizer))
     assert decoded(example, tokenizer)[1] == "yo<eos>\nbye<eos>\n"
 
 
@@ -160,11 +164,11 @@ def test_chat_with_a_slow_tokenizer() -> None:
         is_fast = False
 
     with pytest.raises(DataError, match="needs a fast tokenizer"):
-        tokenise([Document(1, messages=CHAT)], "chat", BackboneInfo(Slow()))
+        tokenise([Document(1, messages=CHAT)], "chat", info_of(Slow()))
 
 
 def test_classification() -> None:
-    info = BackboneInfo(byte_tokenizer(bos=True), "sequence-classification")
+    info = info_of(byte_tokenizer(bos=True), "sequence-classification")
     documents = [Document(1, "abc", label="b"), Document(2, "d", label=0)]
     first, second = tokenise(documents, "classification", info, labels=["a", "b"], max_length=3)
     assert (first.labels, second.labels) == (1, 0)
@@ -176,16 +180,14 @@ def test_classification() -> None:
 def test_classified_text_without_a_token_is_dropped() -> None:
     documents = [Document(1, "abc", label="a"), Document(2, "", label="a")]
     with pytest.warns(UserWarning, match="1 of 2 examples, example 2 the first, are dropped"):
-        examples = tokenise(documents, "classification", BackboneInfo(byte_tokenizer()), labels=["a"])
+        examples = tokenise(documents, "classification", info_of(byte_tokenizer()), labels=["a"])
     assert len(examples) == 1
 
 
 def test_examples_without_a_label_are_dropped_and_counted_once() -> None:
     documents = [Document(1, "p", "c"), Document(2, "a long prompt", "c"), Document(5, "another long one", "c")]
     with pytest.warns(UserWarning, match="dropped") as caught:
-        examples = tokenise(
-            documents, "prompt", BackboneInfo(byte_tokenizer()), max_length=8, where="adapter 'a', train"
-        )
+        examples = tokenise(documents, "prompt", info_of(byte_tokenizer()), max_length=8, where="adapter 'a', train")
     assert len(examples) == 1
     assert [str(warning.message) for warning in caught] == [
         "adapter 'a', train: 2 of 3 examples, example 2 the first, are dropped: no token or no label is left after "
@@ -196,10 +198,10 @@ def test_examples_without_a_label_are_dropped_and_counted_once() -> None:
 def test_all_labels_masked_is_an_error() -> None:
     documents = [Document(4, "a long prompt", "c"), Document(5, "another long one", "c")]
     with pytest.raises(DataError, match=r"all 2 examples, example 4 the first, .* to 8 tokens: raise data.max_length"):
-        tokenise(documents, "prompt", BackboneInfo(byte_tokenizer()), max_length=8)
+        tokenise(documents, "prompt", info_of(byte_tokenizer()), max_length=8)
     # a label on the first token alone is no label either: nothing stands before it to predict it from
     with pytest.raises(DataError, match="all 1 examples"):
-        tokenise([Document(1, "", "")], "prompt", BackboneInfo(byte_tokenizer()))
+        tokenise([Document(1, "", "")], "prompt", info_of(byte_tokenizer()))
 
 
 @pytest.mark.parametrize("kind", ["text", "prompt", "classification"])
@@ -209,14 +211,14 @@ def test_token_beyond_the_vocabulary(kind: str) -> None:
     documents = [Document(1, "a<new>", "b", label="x")]
     complaint = rf"token {VOCAB_SIZE} \('<new>'\) is beyond the backbone's vocabulary of {VOCAB_SIZE}: "
     with pytest.raises(DataError, match=complaint):
-        tokenise(documents, kind, BackboneInfo(tokenizer, vocab_size=VOCAB_SIZE), labels=["x"])
-    assert tokenise(documents, kind, BackboneInfo(tokenizer, vocab_size=VOCAB_SIZE + 1), labels=["x"])
+        tokenise(documents, kind, info_of(tokenizer, vocab_size=VOCAB_SIZE), labels=["x"])
+    assert tokenise(documents, kind, info_of(tokenizer, vocab_size=VOCAB_SIZE + 1), labels=["x"])
 
 
 def test_token_beyond_the_vocabulary_in_a_seq2seq_completion() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<new>"])
-    info = BackboneInfo(tokenizer, "seq2seq-lm", vocab_size=VOCAB_SIZE)
+    info = info_of(tokenizer, "seq2seq-lm", vocab_size=VOCAB_SIZE)
     with pytest.raises(DataError, match="'<new>'"):
         tokenise([Document(1, "q", "<new>")], "prompt", info)
 
@@ -225,8 +227,8 @@ def test_max_length_over_the_positions() -> None:
     with pytest.raises(
         DataError, match=r"max_length is 65 but the backbone has 64 positions: set data\.max_length to 64"
     ):
-        tokenise(texts("a"), "text", BackboneInfo(byte_tokenizer(), max_positions=64), max_length=65)
-    (first, *_) = tokenise(texts("a" * 200), "text", BackboneInfo(byte_tokenizer(), max_positions=64))
+        tokenise(texts("a"), "text", info_of(byte_tokenizer(), max_positions=64), max_length=65)
+    (first, *_) = tokenise(texts("a" * 200), "text", info_of(byte_tokenizer(), max_positions=64))
     assert len(first.input_ids) == 64
 
 
@@ -239,8 +241,8 @@ def test_default_length() -> None:
 def test_a_document_longer_than_the_tokenizer_expects_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = 8
-    tokenise(texts("a" * 20), "text", BackboneInfo(tokenizer), max_length=8)
-    tokenise([Document(1, messages=CHAT)], "chat", BackboneInfo(tokenizer))
+    tokenise(texts("a" * 20), "text", info_of(tokenizer), max_length=8)
+    tokenise([Document(1, messages=CHAT)], "chat", info_of(tokenizer))
     assert caplog.records == []
 
 
@@ -263,11 +265,11 @@ def test_data_of_another_task(kind: str, task: str, remedy: str) -> None:
     with pytest.raises(DataError, match=remedy):
         check_kind(kind, task)
     with pytest.raises(DataError, match=remedy):
-        tokenise([Document(1, "a")], kind, BackboneInfo(byte_tokenizer(), task))
-    check_kind(kind, None)
+        tokenise([Document(1, "a")], kind, info_of(byte_tokenizer(), task))
+    check_kind(kind, "any")
 
 
 def test_progress_counts_documents() -> None:
     seen: list[int] = []
-    tokenise(texts(*["a"] * 300), "text", BackboneInfo(byte_tokenizer()), progress=seen.append)
+    tokenise(texts(*["a"] * 300), "text", info_of(byte_tokenizer()), progress=seen.append)
     assert seen == [256, 300]

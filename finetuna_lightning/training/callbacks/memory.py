@@ -185,14 +185,12 @@ def _storage(tensor: Tensor) -> tuple[tuple[torch.device, int], int]:
 
 
 def shares(total: int, batch: Any, names: Sequence[str]) -> dict[str, int]:
-    """``total`` divided among the adapters of ``batch`` in proportion to their tokens (rows, where it has no
-    ``input_ids``); nothing is lost to rounding. Without a route in the batch, all of ``names`` have equal parts."""
+    """``total`` divided among the adapters of ``batch`` by their rows, which are padded to one length; nothing is lost
+    to rounding. Without a route in the batch, all of ``names`` have equal parts."""
     if isinstance(batch, dict) and "adapters" in batch and "rows" in batch:
-        ids = batch.get("input_ids")
-        each = ids[0].numel() if isinstance(ids, Tensor) and len(ids) else 1
         weights: dict[str, int] = {}
         for name, rows in zip(batch["adapters"], batch["rows"], strict=True):
-            weights[name] = weights.get(name, 0) + rows * each
+            weights[name] = weights.get(name, 0) + rows
     else:
         weights = dict.fromkeys(names, 1)
     parts: dict[str, int] = {}

@@ -131,6 +131,23 @@ def test_last_can_be_left_out(tmp_path: Path) -> None:
     assert {kind for kinds in keep.paths().values() for kind in kinds} == {"best"}
 
 
+def test_what_was_written_for_a_step_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = spy(monkeypatch)
+    fit(tiny_module(tmp_path, ADAPTERS), AdapterCheckpoint(every_n_steps=1), steps=1)
+    assert writes == ["sql/last", "legal/last", "sql/best", "legal/best"]
+
+
+def test_the_check_before_training_writes_nothing(tmp_path: Path) -> None:
+    there: list[bool] = []
+
+    class Look(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            there.append((tmp_path / "adapters").exists())
+
+    fit(tiny_module(tmp_path, ADAPTERS), AdapterCheckpoint(), Look(), num_sanity_val_steps=1)
+    assert there == [False]
+
+
 def test_last_is_written_every_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = spy(monkeypatch)
     fit(
@@ -251,6 +268,14 @@ def test_a_resumed_run_remembers_the_best(tmp_path: Path) -> None:
     sql, legal = tmp_path / "adapters/sql", tmp_path / "adapters/legal"
     assert not torch.equal(saved(sql / "best"), saved(sql / "last"))
     assert torch.equal(saved(legal / "best"), saved(legal / "last"))
+
+
+def test_a_resumed_run_that_does_not_validate_keeps_the_best(tmp_path: Path) -> None:
+    again = resume(
+        tmp_path, tmp_path, {"sql": [1.0, 0.0], "legal": [2.0, 0.0]}, validate=False, val_check_interval=None
+    )
+    assert again.best_scores == {"sql": 1.0, "legal": 2.0}
+    assert not torch.equal(saved(tmp_path / "adapters/sql/best"), saved(tmp_path / "adapters/sql/last"))
 
 
 def test_a_run_resumed_in_another_folder_takes_the_best_along(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from finetuna_lightning.errors import ConfigError, FrozenWeightError
+from finetuna_lightning.training.callbacks import freeze
 from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
 from finetuna_lightning.training.module import MultiAdapterModule
 from finetuna_lightning.training.optim import build_optimizer
@@ -119,6 +120,16 @@ def test_a_change_is_found_in_mid_fit_where_that_was_asked_for(module: MultiAdap
     assert reached == [2]
 
 
+def test_fingerprints_are_taken_as_often_as_asked_for(
+    module: MultiAdapterModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    original = freeze._fingerprints
+    monkeypatch.setattr(freeze, "_fingerprints", lambda model: (taken.append(module.global_step), original(model))[1])
+    fit(module, FreezeQuantizedWeights(check_every_n_steps=2), max_epochs=2)
+    assert taken == [0, 2, 4, 6, 6]
+
+
 def thaw(trainer: Trainer, pl_module: Any) -> None:
     pl_module.get_parameter("backbone.model.norm.weight").requires_grad_(True)
 
@@ -151,12 +162,18 @@ def test_a_backbone_parameter_in_the_optimizer_raises_before_the_first_step(tmp_
             optimizer.add_param_group({"params": [norm], "name": "norm", "max_grad_norm": None})
             return optimizer
 
+    class Started(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            reached.append("training")
+
+    reached: list[str] = []
+    started = Started()
     plain = tiny_module(tmp_path, ADAPTERS)
     assert plain.backbone_config is not None
     module = Greedy(plain.backbone_config, plain.adapter_configs)
     with pytest.raises(FrozenWeightError, match=r"model\.norm\.weight in an optimizer's parameter group"):
-        fit(module, FreezeQuantizedWeights())
-    assert module.global_step == 0
+        fit(module, FreezeQuantizedWeights(), started)
+    assert reached == []
 
 
 def test_a_fit_that_fails_keeps_its_own_error(module: MultiAdapterModule) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from finetuna_lightning.errors import ConfigError
 from finetuna_lightning.training.callbacks.memory import AdapterMemoryMonitor, SavedForBackward, peak_bytes, shares
 from finetuna_lightning.training.module import MultiAdapterModule
-from tests.helpers.tiny import tiny_batches, tiny_fit, tiny_module
+from tests.helpers.tiny import Batches, tiny_batches, tiny_fit, tiny_module
 
 ADAPTERS: dict[str, dict[str, Any]] = {"small": {"rank": 2}, "large": {"rank": 8, "plain_modules": ["lm_head"]}}
 
@@ -70,6 +70,16 @@ def test_activations_grow_with_the_tokens_and_are_shared_by_them(module: MultiAd
         measured.append(parts["large"]["activations"] + parts["small"]["activations"])
     assert measured[0] > 0
     assert measured[2] - measured[1] == pytest.approx(2 * (measured[1] - measured[0]), rel=0.2)
+
+
+def test_the_largest_measurement_is_reported_and_a_new_fit_starts_anew(module: MultiAdapterModule) -> None:
+    monitor = AdapterMemoryMonitor(every_n_steps=1, table=False)
+    measured = []
+    for lengths in ((32, 4), (4, 4)):
+        batches = [batch for length in lengths for batch in tiny_batches(list(ADAPTERS), 1, length=length)]
+        tiny_fit(module, Batches(batches), monitor)
+        measured.append(monitor.report()["adapters"]["small"]["activations"])
+    assert measured[0] > 4 * measured[1]
 
 
 def test_the_backbone_is_no_activation(module: MultiAdapterModule) -> None:
@@ -197,7 +207,7 @@ def test_a_fit_without_a_step_reports_the_weights(module: MultiAdapterModule) ->
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
-        ({"adapters": ["a", "b"], "rows": [1, 2], "input_ids": torch.zeros(3, 7)}, {"a": 3, "b": 7}),
+        ({"adapters": ["a", "b"], "rows": [1, 2]}, {"a": 3, "b": 7}),
         ({"adapters": ["a", "b"], "rows": [1, 1]}, {"a": 5, "b": 5}),
         ({"adapters": ["a", "b", "a"], "rows": [2, 1, 1]}, {"a": 7, "b": 3}),
         ({"x": 1}, {"a": 5, "b": 5}),

@@ -68,12 +68,12 @@ def test_a_run_that_stops_early_has_a_last_line(module: MultiAdapterModule, caps
 
 
 def test_pads_are_no_tokens(module: MultiAdapterModule, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Two seconds a step by the clock, which the batches' own time does not move."""
+    """By the clock the first two steps take two seconds each, the others four."""
     now = [0.0]
 
     class Tick(Callback):
-        def on_train_batch_start(self, *_: Any) -> None:
-            now[0] += 2.0
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            now[0] += 2.0 if trainer.global_step < 2 else 4.0
 
     monkeypatch.setattr("finetuna_lightning.training.callbacks.progress.time.monotonic", lambda: now[0])
     batches = tiny_batches(NAMES, 4, length=12)
@@ -83,7 +83,8 @@ def test_pads_are_no_tokens(module: MultiAdapterModule, monkeypatch: pytest.Monk
     tiny_fit(module, batches, Tick(), AdapterProgress(every_n_steps=2))
     shown = lines(capsys.readouterr().out)
     assert "2.00 s/step  12 tokens/s  eta 0:04" in shown[0]  # 4 rows of 6 tokens in 2 s; 2 of 4 steps took 4 s
-    assert "2.00 s/step  12 tokens/s  eta 0:00" in shown[1]
+    assert "4.00 s/step  6 tokens/s  eta 0:00" in shown[1]
+    assert len(shown) == 2
 
 
 def test_validation_is_a_line_and_not_training_time(
@@ -204,6 +205,16 @@ def test_disabled_it_shows_nothing_and_keeps_the_history(
     tiny_fit(module, tiny_batches(NAMES, 2), progress)
     assert capsys.readouterr().out == ""
     assert len(progress.history["sql"]) == 2
+
+
+def test_validating_alone_is_no_part_of_the_history(
+    module: MultiAdapterModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = AdapterProgress()
+    trainer = tiny_fit(module, tiny_batches(NAMES, 1), progress)
+    trainer.validate(module, tiny_batches(NAMES, 1), verbose=False)
+    assert progress.val_history == {}
+    assert "validation at step" not in capsys.readouterr().out
 
 
 def test_a_test_run_says_how_far_it_is(module: MultiAdapterModule, capsys: pytest.CaptureFixture[str]) -> None:
