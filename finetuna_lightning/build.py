@@ -70,6 +70,14 @@ def build_sources(config: Mapping[str, Any]) -> dict[str, DataConfig]:
     return sources
 
 
+def check_samples(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where ``samples`` has a prompt for what is no adapter."""
+    names = adapter_names(config)
+    for name in config["samples"] or {}:
+        if name not in names:
+            raise ConfigError(f"samples has {name!r}, which is no adapter{did_you_mean(name, names)}")
+
+
 def build_module(config: Mapping[str, Any]) -> MultiAdapterModule:
     """The LightningModule of a composed configuration (plain containers)."""
     return MultiAdapterModule(

@@ -27,8 +27,8 @@ _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class ConfiguredModule(MultiAdapterModule):
-    # What a file can describe. Given `BackboneConfig | nn.Module`, jsonargparse's help lists every nn.Module there is; given
-    # `OptimConfig | None`, it buries the message of a wrong OptimConfig.
+    # What a file can describe. Given `BackboneConfig | nn.Module`, jsonargparse's help lists every nn.Module there is;
+    # given `OptimConfig | None`, it buries the message of a wrong OptimConfig.
     __doc__ = MultiAdapterModule.__doc__
 
     def __init__(

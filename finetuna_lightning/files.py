@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,32 @@ def _exchange(left: Path, right: Path) -> bool:
     return bool(result == 0)
 
 
+def _beside(target: Path) -> Path:
+    """A path beside ``target`` for this process to write; what killed processes left there is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return target.parent / f".{target.name}.{os.getpid()}.tmp"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to fill; at the end of the block it takes ``path``'s place at once. On an error nothing changes.
@@ -39,13 +66,15 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             (folder / "adapter_config.json").write_text(text)
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    beside = _beside(target)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         yield beside
+        readable = 0o666 & ~_umask()  # safetensors writes files that only their owner reads
         for item in (*beside.rglob("*"), beside):
+            if item.is_file():
+                item.chmod(readable)
             _sync(item)
         if target.exists() and not _exchange(beside, target):
             old = target.parent / f".{target.name}.{os.getpid()}.old"
@@ -67,8 +96,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write; at the end of the block it takes ``path``'s place at once. On an error nothing changes."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    beside = _beside(target)
     try:
         yield beside
         _sync(beside)

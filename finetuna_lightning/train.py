@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetuna_lightning.errors import ConfigError, FinetunaError, did_you_mean
+from finetuna_lightning.errors import CheckpointError, ConfigError, FinetunaError, did_you_mean
 
 
 class _Noise(logging.Filter):
@@ -32,14 +31,14 @@ class _Noise(logging.Filter):
 
 def _quiet() -> None:
     """One line a message: Hydra's handlers serve, on the terminal and in the job's log file; Lightning's own go."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Noise())
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")  # lightning 2.6 with torch 2.13
 
 
-_FAILED: list[FinetunaError] = []
+_MISTAKES = (FinetunaError, HydraException, OmegaConfBaseException)
+_FAILED: list[Exception] = []
 
 
 def train(config: DictConfig) -> float | None:
@@ -51,13 +50,15 @@ def train(config: DictConfig) -> float | None:
     import lightning.pytorch as pl  # late: `--help` and a misspelt override need not wait for torch
     from hydra.utils import instantiate
 
-    from finetuna_lightning.build import build_data, build_module
+    from finetuna_lightning.build import build_data, build_module, check_samples
 
     _quiet()
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     started = time.monotonic()
-    pl.seed_everything(plain["seed"], verbose=False)
+    _check_resume(plain["ckpt_path"])
+    check_samples(plain)
     module, data = build_module(plain), build_data(plain)
+    pl.seed_everything(plain["seed"], verbose=False)
     callbacks = [instantiate(callback) for callback in config.callbacks.values()]
     logger = instantiate(config.logger) if config.logger else False
     trainer: pl.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
@@ -69,9 +70,17 @@ def train(config: DictConfig) -> float | None:
     return _metric(trainer, plain["metric"])
 
 
+def _check_resume(path: str | None) -> None:
+    local = path is not None and path not in ("last", "best") and "://" not in path
+    if local and not Path(str(path)).exists():
+        raise CheckpointError(f"ckpt_path: there is no checkpoint {path!r}")
+
+
 def _metric(trainer: Any, name: str | None) -> float | None:
     if name is None:
         return None
+    if name.startswith("val/") and name not in trainer.callback_metrics and trainer.datamodule.evaluation_sets("val"):
+        trainer.validate(trainer.lightning_module, trainer.datamodule, verbose=False)  # the fit ended before it came to it
     logged = trainer.callback_metrics
     if name not in logged:
         known = sorted(key for key in logged if not key.startswith("memory/"))
@@ -93,12 +102,13 @@ def _report(plain: dict[str, Any], trainer: Any, started: float) -> None:
 
     console, folder = Console(), Path(plain["output_dir"])
     module, data = trainer.lightning_module, trainer.datamodule
+    module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
     memory, progress, saved = first(AdapterMemoryMonitor), first(AdapterProgress), first(AdapterCheckpoint)
     metric, matrix = report.metric_of(module), {}
     if data.evaluation_sets("val"):
         matrix = report.evaluate_on_every_set(module, data)
         console.print(report.perplexity_table(matrix, metric))
-    samples = _samples(module, plain["samples"])
+    samples = _samples(module, plain["samples"] or {})
     if samples:
         console.print(report.sample_table(samples))
     seconds = round(time.monotonic() - started, 1)
@@ -115,9 +125,6 @@ def _report(plain: dict[str, Any], trainer: Any, started: float) -> None:
 
 def _samples(module: Any, prompts: dict[str, str]) -> list[dict[str, str]]:
     """One greedy continuation for each adapter that has a prompt, all in one batch."""
-    unknown = [name for name in prompts if name not in module.adapter_names]
-    if unknown:
-        raise ConfigError(f"samples has {unknown[0]!r}, which is no adapter{did_you_mean(unknown[0], module.adapter_names)}")
     if not prompts or module.tokenizer is None or module.task == "sequence-classification":
         return []
     texts = module.generate(list(prompts.values()), adapters=list(prompts), max_new_tokens=48)
@@ -128,15 +135,19 @@ def _samples(module: Any, prompts: dict[str, str]) -> list[dict[str, str]]:
 
 
 def _one_line(error: BaseException) -> str:
-    cause = f" ({error.__cause__})" if error.__cause__ and not isinstance(error, FinetunaError) else ""
-    return f"finetuna-train: error: {' '.join(f'{error}{cause}'.split())}"
+    """The message, with what caused it; Hydra wraps our own errors, which say all that there is to say."""
+    cause = error.__cause__
+    if isinstance(cause, FinetunaError) and not isinstance(error, FinetunaError):
+        error, cause = cause, None
+    more = f" ({cause})" if cause and str(cause) not in str(error) and not isinstance(error, FinetunaError) else ""
+    return f"finetuna-train: error: {' '.join(f'{error}{more}'.split())}"
 
 
 def _task(config: DictConfig) -> float | None:
     """``train``, with a user's mistake said in one line. In a multirun the other jobs go on."""
     try:
         return train(config)
-    except FinetunaError as error:
+    except _MISTAKES as error:
         _FAILED.append(error)
         print(_one_line(error), file=sys.stderr)
         return None
@@ -150,7 +161,7 @@ def main() -> None:
     run = hydra.main(version_base="1.3", config_path="pkg://finetuna_lightning.conf", config_name="train")
     try:
         run(train if full else _task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except _MISTAKES as error:
         if full:
             raise
         print(_one_line(error), file=sys.stderr)

@@ -479,7 +479,7 @@ def test_recomputed_layers_give_the_same_gradients(name: str, tmp_path: Path, mo
         bank = AdapterBank(model)
         for index, adapter in enumerate(("a", "b")):
             excite(bank.add(adapter, rank=2 + index, dropout=0.3), seed=index)
-        layer = (model.model.layers if name == "llama" else model.transformer.h)[0]  # type: ignore[union-attr, index]
+        layer = next(m for path, m in model.named_modules() if path.endswith(("layers.0.self_attn.q_proj", "h.0.attn.c_attn")))
         layer.register_forward_pre_hook(lambda *_: recomputed.append(1))
         with bank.route(["a", "b", "b", "a"], training=True):
             loss = logits_of(model, tiny_inputs(name)).square().mean()

@@ -162,3 +162,24 @@ def test_a_killed_process_leaves_the_old_or_the_new(tmp_path: Path) -> None:
             assert text == f"{turn}," * 5000
             turns.append(int(turn))
     assert max(turns) > 1  # they were killed in the middle of the work
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead, mine = tmp_path / f".x.{gone.pid}.tmp", tmp_path / f".x.{os.getppid()}.tmp"
+    dead.mkdir()
+    mine.mkdir()
+    with replacing_folder(tmp_path / "x") as folder:
+        (folder / "file").write_text("new")
+    assert not dead.exists() and mine.exists()
+
+
+def test_files_are_readable_by_all_that_the_umask_allows(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        with replacing_folder(tmp_path / "x") as folder:
+            (folder / "file").touch(mode=0o600)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "x" / "file").stat().st_mode & 0o777 == 0o644

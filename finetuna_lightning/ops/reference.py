@@ -19,7 +19,7 @@ from torch import Tensor
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0
-CHUNK_ELEMENTS = 1 << 20  # of a matrix in float32 at a time while quantising: a temporary of 4 MiB
+CHUNK_ELEMENTS = 1 << 18  # of a matrix in float32 at a time while quantising: temporaries of 1 MiB, which stay in the cache
 FINGERPRINT_BYTES = 1 << 24  # read at a time, a multiple of 8
 
 
@@ -75,7 +75,7 @@ def _quantize_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def quantize(weight: Tensor, scheme: str, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Quantise ``weight`` [out, in] of any floating type; ``(codes [out, in], scale)``.
 
-    Works through the matrix in pieces of a few MiB, so that no float32 copy of it ever stands.
+    Works through the matrix in pieces of a MiB, so that no float32 copy of it ever stands.
 
     Raises:
         ValueError: when the matrix holds a NaN or an infinity.

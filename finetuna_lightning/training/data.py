@@ -17,7 +17,7 @@ from finetuna_lightning.errors import ConfigError, DataError, did_you_mean
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training.loader import JointLoader
 from finetuna_lightning.training.sources import Document, check_files, label_names, read_documents, split_document
-from finetuna_lightning.training.tokenizing import Example, Progress, check_kind, pad_token_id, tokenise
+from finetuna_lightning.training.tokenizing import Example, Progress, pad_token_id, tokenise
 
 SPLITS = ("train", "val", "test")
 _NO_BACKBONE = BackboneInfo(tokenizer=None, task="any", max_positions=None, vocab_size=None, num_labels=0)
@@ -158,7 +158,6 @@ class AdapterDataModule(LightningDataModule):
     def _prepare(self, name: str, config: DataConfig, info: BackboneInfo) -> dict[str, list[Example]]:
         """Read, split and tokenise one adapter's source."""
         kind, documents = _read(config, self.seed or 0)
-        check_kind(kind, info.task)
         names: list[str] = []
         if kind == "classification":
             names = config.labels or label_names(item for items in documents.values() for item in items)
@@ -247,7 +246,7 @@ def _check_company(sources: Sequence[str], adapters: Sequence[str]) -> None:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
+    return ", ".join(repr(name) for name in names)
 
 
 @contextmanager

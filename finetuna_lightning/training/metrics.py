@@ -39,7 +39,7 @@ class AdapterMetrics(nn.Module):
 
     def __init__(self, task: str, num_labels: int) -> None:
         super().__init__()
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy="disable")  # a NaN shows as NaN, and no value is fetched from the device
         extra: dict[str, Metric] = {}
         if task in ("causal-lm", "seq2seq-lm"):
             extra = {"perplexity": Perplexity()}

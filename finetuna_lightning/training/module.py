@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,8 +35,8 @@ from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training.metrics import AdapterMetrics
 from finetuna_lightning.training.optim import build_optimizer, build_scheduler, clip_each_group
 from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
+from finetuna_lightning.training.tokenizing import IGNORED, pad_token_id
 
-IGNORED = -100
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 _STATE_PREFIX = "adapters."
 
@@ -70,6 +71,8 @@ class MultiAdapterModule(LightningModule):
         self.seed, self.custom_loss = seed, loss
         if not adapters:
             raise ConfigError("there are no adapters: give at least one name with an AdapterConfig")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ConfigError(f"seed must be an integer >= 0, not {seed!r}")
         check_adapter_names(list(adapters))
         if isinstance(given, nn.Module) and loss is None and not hasattr(given, "config"):
             raise ConfigError(f"a plain {type(given).__name__} needs a loss: loss(output, batch) -> scalar")
@@ -145,6 +148,7 @@ class MultiAdapterModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what would couple the adapters."""
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen backbone: intended
+        warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")  # lightning 2.6 with torch 2.13
         refuse_joint_clipping(self.trainer.gradient_clip_val)
 
     def configure_model(self) -> None:
@@ -190,6 +194,9 @@ class MultiAdapterModule(LightningModule):
         )  # fmt: skip
         if config.gradient_checkpointing:
             enable_checkpointing(self.backbone)
+        inner: Any = self.backbone.config
+        if config.task == "sequence-classification" and inner.pad_token_id is None:
+            inner.pad_token_id = pad_token_id(self.tokenizer)  # decoders find a row's last token by it
         return list(self.backbone.finetuna_new_modules)  # type: ignore[arg-type]
 
     def check_targets(self) -> None:
@@ -241,8 +248,11 @@ class MultiAdapterModule(LightningModule):
 
     # ---- one batch ----
 
-    def forward(self, batch: dict[str, Any], training: bool = False) -> Any:
-        """The backbone's output for ``batch``, whose rows belong to ``batch["adapters"]``, ``batch["rows"]`` of each."""
+    def forward(self, batch: dict[str, Any], training: bool = False, bare: bool = False) -> Any:
+        """The backbone's output for ``batch``, whose rows belong to ``batch["adapters"]``, ``batch["rows"]`` of each.
+
+        ``training`` turns the adapters' dropout on; ``bare`` leaves all adapters out.
+        """
         bank = self.adapters
         assert self.backbone is not None
         inputs = {key: value for key, value in batch.items() if key not in ("adapters", "rows", "labels")}
@@ -250,7 +260,8 @@ class MultiAdapterModule(LightningModule):
             inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
         if self.task in ("causal-lm", "seq2seq-lm"):
             inputs["use_cache"] = False
-        with bank.follow(Route(tuple(batch["adapters"]), tuple(batch["rows"])), training=training):
+        route = Route(tuple(batch["adapters"]), tuple(batch["rows"]))
+        with bank.bare() if bare else bank.follow(route, training=training):
             return self.backbone(**inputs)
 
     def losses(self, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
@@ -277,14 +288,15 @@ class MultiAdapterModule(LightningModule):
         """The sum of the adapters' mean losses. No parameter is shared, so each gets the gradient of its own alone."""
         output = self(batch, training=True)
         means: list[Tensor] = []
-        few = len(self.adapter_names) <= 4
+        # the value on Lightning's own bars is fetched from the device every step; AdapterProgress does without
+        bar = isinstance(self.trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar)
         for name, total, count, cut in self.losses(output, batch):
             mean = total / count
             means.append(mean)
             rows = cut.stop - cut.start
-            self.log(f"train/{name}/loss", mean.detach(), prog_bar=few, batch_size=rows)
+            self.log(f"train/{name}/loss", mean.detach(), batch_size=rows)
         joint = torch.stack(means).sum()
-        self.log("train/loss", joint.detach() / len(means), prog_bar=not few, batch_size=len(means))
+        self.log("train/loss", joint.detach() / len(means), prog_bar=bar, batch_size=len(means))
         return joint
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
@@ -362,15 +374,24 @@ class MultiAdapterModule(LightningModule):
         for name, norm in clip_each_group(optimizer).items():
             self.log(f"train/{name}/grad_norm", norm)
 
+    def on_train_start(self) -> None:
+        """After a resume: an adapter that was given more steps comes back, and a run that is done stays done."""
+        self._retire()
+
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """An adapter whose ``max_steps`` are done leaves the batches; when all have, the run ends."""
-        for name, config in self.adapter_configs.items():
-            if config.max_steps is not None and self.global_step >= config.max_steps and name not in self.retired:
-                self.retired.add(name)
-                retire = getattr(self.trainer.train_dataloader, "retire", None)
-                if retire is not None:
-                    retire(name)
-        if self.retired >= set(self.adapter_names):
+        self._retire()
+
+    def _retire(self) -> None:
+        limits = {name: self.adapter_configs[name].max_steps for name in self.adapter_names}
+        done = {name for name, limit in limits.items() if limit is not None and self.global_step >= limit}
+        loader = self.trainer.train_dataloader
+        for changed, what in ((done - self.retired, "retire"), (self.retired - done, "reinstate")):
+            for name in changed:
+                if hasattr(loader, what):
+                    getattr(loader, what)(name)
+        self.retired = done
+        if done >= set(limits):
             self.trainer.should_stop = True
 
     # ---- checkpoints ----

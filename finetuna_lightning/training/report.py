@@ -135,7 +135,7 @@ def _evaluate_batch(
     device = next(iter((*module.adapters.backbone.buffers(), *module.adapters.backbone.parameters()))).device
     alone: dict[str, Any] = {**collate({BACKBONE: examples}, pad)}
     alone = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in alone.items()}
-    yield from _scores(module, _bare_output(module, alone), alone)
+    yield from _scores(module, module(alone, bare=True), alone)
     vocabulary = module.backbone_info().vocab_size
     logits = alone["input_ids"].numel() * (vocabulary or _LOGITS_BYTES) * 4
     together = max(1, _LOGITS_BYTES // logits)
@@ -145,18 +145,6 @@ def _evaluate_batch(
             key: torch.cat([value] * len(some)) if isinstance(value, Tensor) else value for key, value in alone.items()
         } | {"adapters": some, "rows": [len(examples)] * len(some)}
         yield from _scores(module, module(joint), joint)
-
-
-def _bare_output(module: MultiAdapterModule, batch: dict[str, Any]) -> Any:
-    """The backbone's output with no adapter, on what ``module.forward`` would hand it."""
-    backbone: Any = module.adapters.backbone
-    inputs = {key: value for key, value in batch.items() if key not in ("adapters", "rows", "labels")}
-    if module.task == "seq2seq-lm":
-        inputs["decoder_input_ids"] = backbone.prepare_decoder_input_ids_from_labels(batch["labels"])
-    if module.task in ("causal-lm", "seq2seq-lm"):
-        inputs["use_cache"] = False
-    with module.adapters.bare():
-        return backbone(**inputs)
 
 
 def _scores(module: MultiAdapterModule, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
@@ -263,7 +251,7 @@ def _memory_caption(memory: Mapping[str, Any]) -> str:
     share = memory["saving"] / memory["separate"] if memory["separate"] else 0.0
     copies = _copies(len(memory["adapters"]))
     saved = f"saved against {copies} of the backbone: {human_bytes(memory['saving'])} ({share:.0%})"
-    return saved + (f"; peak {memory['peak_of']}: {human_bytes(memory['peak'])}" if memory.get("peak") else "")
+    return saved + (f"\npeak {memory['peak_of']}: {human_bytes(memory['peak'])}" if memory.get("peak") else "")
 
 
 def _copies(count: int) -> str:

@@ -201,8 +201,7 @@ def _classified(chunk: Sequence[Document], tokenizer: Any, length: int, labels: 
 
 
 def _chat(document: Document, tokenizer: Any, length: int) -> Example:
-    template = getattr(tokenizer, "chat_template", None)
-    if template is None:
+    if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(
             "the tokenizer has no chat template: set tokenizer.chat_template (a file chat_template.jinja in the "
             "backbone's folder), or give prompts and completions and data.kind=prompt"
@@ -210,7 +209,7 @@ def _chat(document: Document, tokenizer: Any, length: int) -> Example:
     if not tokenizer.is_fast:
         raise DataError("chat data needs a fast tokenizer, which knows where its tokens stand; use data.kind=prompt")
     where = f"example {document.number}"
-    if _GENERATION.search(template if isinstance(template, str) else tokenizer.get_chat_template()):
+    if _GENERATION.search(tokenizer.get_chat_template()):
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         encoded = _apply(tokenizer, document.messages, where, tokenize=True, **options)
         keep = torch.tensor(encoded["assistant_masks"], dtype=torch.bool)

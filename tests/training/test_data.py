@@ -98,8 +98,8 @@ def trainer_of(folder: Path, **settings: Any) -> pl.Trainer:
 
 def test_without_a_trainer(tmp_path: Path) -> None:
     sources = {
-        "a": DataConfig(prompts(tmp_path / "a.jsonl"), batch_size=3),
-        "b": DataConfig(prompts(tmp_path / "b.jsonl")),
+        "a": DataConfig(prompts(tmp_path / "a.jsonl"), batch_size=3, val_fraction=0.2),
+        "b": DataConfig(prompts(tmp_path / "b.jsonl"), val_fraction=0.2),
     }
     data = AdapterDataModule(sources, batch_size=2, eval_batch_size=1, tokenizer=byte_tokenizer(pad=False))
     data.setup()
@@ -107,7 +107,8 @@ def test_without_a_trainer(tmp_path: Path) -> None:
     assert (batch["adapters"], batch["rows"]) == (["a", "b"], [3, 2])
     val = data.val_dataloader()
     assert isinstance(val, JointLoader)
-    assert [batch["rows"] for batch in val] == [[1, 1]]
+    assert [batch["rows"] for batch in val] == [[1, 1], [1, 1]]
+    assert [batch["rows"] for batch in data.predict_dataloader()] == [[1, 1], [1, 1]]
     assert data.test_dataloader() == []
     other = AdapterDataModule({"b": sources["b"]}, batch_size=2, tokenizer=byte_tokenizer())
     other.setup()
@@ -126,13 +127,14 @@ def test_the_tokenizer_pads(tmp_path: Path) -> None:
 
 
 def test_seed_makes_the_order_and_the_split(tmp_path: Path) -> None:
-    config = DataConfig(prompts(tmp_path / "a.jsonl", 40))
+    path = prompts(tmp_path / "a.jsonl", 40)
 
     def drawn(seed: int | None) -> tuple[list[str], list[str]]:
-        data = AdapterDataModule({"a": config}, batch_size=36, seed=seed, tokenizer=byte_tokenizer())
+        sources = {"a": DataConfig(path, val_fraction=0), "b": DataConfig(path)}
+        data = AdapterDataModule(sources, batch_size=40, seed=seed, tokenizer=byte_tokenizer())
         data.setup()
         (batch,) = data.train_dataloader()
-        return byte_tokenizer().batch_decode(batch["input_ids"]), shown(data.evaluation_sets("val")["a"])
+        return byte_tokenizer().batch_decode(batch["input_ids"][:40]), shown(data.evaluation_sets("val")["b"])
 
     assert drawn(None) == drawn(0)
     assert drawn(1)[0] != drawn(0)[0]
@@ -192,6 +194,25 @@ def test_a_single_document_is_split_by_position(tmp_path: Path) -> None:
     whole = AdapterDataModule({"a": DataConfig(str(path), max_length=32, val_fraction=0)}, tokenizer=byte_tokenizer())
     whole.setup()
     assert "".join(shown(whole.evaluation_sets("train")["a"])) == path.read_text()
+
+
+def test_several_documents_stay_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\f".join(f"one {number}\n\ntwo {number}\n" for number in range(5)))
+    data = AdapterDataModule({"a": DataConfig(str(tmp_path / "a.txt"))}, tokenizer=byte_tokenizer())
+    data.setup()
+    (train,), (val,) = (shown(data.evaluation_sets(split)["a"]) for split in ("train", "val"))
+    assert (train.count("one"), train.count("two"), val.count("one"), val.count("two")) == (4, 4, 1, 1)
+
+
+@pytest.mark.parametrize(("large", "terminal"), [(True, True), (True, False), (False, True)])
+def test_progress_is_shown_for_large_data_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], large: bool, terminal: bool
+) -> None:
+    monkeypatch.setattr("finetuna_lightning.training.data._LARGE", 10 if large else 1_000_000)
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    data = AdapterDataModule({"a": DataConfig(prompts(tmp_path / "a.jsonl"))}, tokenizer=byte_tokenizer())
+    data.setup()
+    assert ("tokenising: adapter 'a', train" in capsys.readouterr().err) == (large and terminal)
 
 
 def test_what_cannot_be_split_is_said(tmp_path: Path) -> None:
@@ -360,8 +381,10 @@ def test_classification_labels(tmp_path: Path) -> None:
         ({"sources": {}}, "data.sources is empty"),
         ({"sources": {"../x": {"path": "a.txt"}}}, "adapter name '../x' is not allowed"),
         ({"sources": {"a": {"pth": "a.txt"}}}, "DataConfig has no field 'pth'; did you mean 'path'?"),
+        ({"sources": {"a": {"zzz": 1}}}, "DataConfig has no field 'zzz'; it has path, kind, "),
         ({"sources": {"a": "a.txt"}}, "the source of adapter 'a' must be a DataConfig or a mapping"),
         ({"sources": {"a": {"path": "a.txt"}}, "batch_size": 0}, "data.batch_size must be an integer >= 1, not 0"),
+        ({"sources": {"a": {"path": "a.txt"}}, "batch_size": True}, "data.batch_size must be .* not True"),
         ({"sources": {"a": {"path": "a.txt"}}, "eval_batch_size": 2.5}, "data.eval_batch_size must be .* not 2.5"),
     ],
 )

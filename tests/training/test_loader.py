@@ -157,8 +157,15 @@ def test_retired_adapters_leave_the_batches_to_come() -> None:
     for name in "abc":
         loader.retire(name)
     assert list(loader) == []
-    with pytest.raises(ConfigError, match="no adapter 'aa'"):
-        loader.retire("aa")
+    for change in (loader.retire, loader.reinstate):
+        with pytest.raises(ConfigError, match="no adapter 'bb'"):
+            change("bb")
+
+
+def test_an_adapter_without_examples_is_not_evaluated() -> None:
+    loader = make("ab", mode="eval", sizes={"a": 0, "b": 1})
+    assert [shown(batch) for batch in loader] == [{"b": [0]}]
+    assert list(make("a", mode="eval", sizes={"a": 0})) == []
 
 
 def test_retired_adapters_are_not_evaluated() -> None:
@@ -215,6 +222,7 @@ def test_a_position_in_other_data_is_not_used(change: dict[str, Any]) -> None:
         ({"mode": "validate"}, ConfigError, "must be one of train, eval"),
         ({"batch_sizes": {"a": 0}}, ConfigError, "batch size of adapter 'a' must be at least 1, not 0"),
         ({"batch_sizes": {}}, ConfigError, "adapter 'a' has examples but no batch size"),
+        ({"seeds": {}}, ConfigError, "adapter 'a' has examples but no batch size or no seed"),
         ({"sizes": {"a": 0}}, DataError, "adapter 'a' has no example to train on"),
     ],
 )

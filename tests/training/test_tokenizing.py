@@ -33,6 +33,12 @@ THINKING_TEMPLATE = (
     "{% if message.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ message.content }}<eos>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# as many a template that trims or rewrites what was said before
+SHOUTING_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{{ message.content if loop.last else message.content | upper }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 COUNTING_TEMPLATE = "{{ messages | length }}" + CHAT_TEMPLATE
 REFUSING_TEMPLATE = "{{ raise_exception('roles must alternate') }}"
 
@@ -141,6 +147,8 @@ def test_chat_is_cut() -> None:
     [
         (None, CHAT, "the tokenizer has no chat template: set tokenizer.chat_template"),
         (COUNTING_TEMPLATE, CHAT, r"example 7: the chat template renders message 3 differently .* \{% generation %\}"),
+        (SHOUTING_TEMPLATE, [{"role": "user", "content": "HI"}, *CHAT[2:4]], "renders message 2 differently"),
+        (THINKING_TEMPLATE, [CHAT[1], CHAT[2] | {"content": ""}, CHAT[1]], "renders message 2 differently"),
         (REFUSING_TEMPLATE, CHAT, r"example 7: the chat template refuses the messages \(roles must alternate\)"),
         (CHAT_TEMPLATE, CHAT[2:], "example 7 begins with the assistant"),
     ],
@@ -151,9 +159,11 @@ def test_chats_that_cannot_be_rendered(template: str | None, messages: list[dict
         tokenise([Document(7, messages=messages)], "chat", info_of(tokenizer))
 
 
-def test_chat_template_by_name() -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+def test_chat_template_that_marks_answers_needs_no_prefixes(by_name: bool) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = {"default": GENERATION_TEMPLATE}
+    template = "{{ messages | length }}" + GENERATION_TEMPLATE
+    tokenizer.chat_template = {"default": template} if by_name else template
     (example,) = tokenise([Document(1, messages=CHAT)], "chat", info_of(tokenizer))
     assert decoded(example, tokenizer)[1] == "yo<eos>\nbye<eos>\n"
 
