@@ -87,7 +87,7 @@ wheel: setup  ## build the wheel, install it into a clean environment and run it
 	"$$clean/venv/bin/finetuna-train" --help >/dev/null; \
 	"$$clean/venv/bin/finetuna-cli" --help >/dev/null; \
 	"$$clean/venv/bin/finetuna-train" experiment=quickstart trainer.max_steps=1 trainer.val_check_interval=1 \
-	  +trainer.limit_val_batches=1 report=false $(ARGS); \
+	  trainer.limit_val_batches=1 report=false $(ARGS); \
 	echo "The wheel works from a clean environment."
 
 notebooks: setup  ## execute the notebooks

@@ -1,4 +1,5 @@
-"""Shared by the benchmarks: random backbones of real shapes, batches of random tokens, a table that names the machine."""
+"""Shared by the benchmarks: random backbones of real shapes, batches of random tokens, a table that names the
+machine."""
 
 from __future__ import annotations
 
@@ -86,8 +87,13 @@ class StepTimer(Callback):
 
 def machine() -> str:
     """The device and the versions that a figure belongs to."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{device}; torch {torch.__version__}, lightning {lightning.__version__}, transformers {transformers.__version__}"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    versions = f"lightning {lightning.__version__}, transformers {transformers.__version__}"
+    return f"{device}; torch {torch.__version__}, {versions}"
 
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.load_memory [--gib 1.2] [--scheme int8] [--shard 500MB]
 
-Allowed above what the process held before: the 8-bit model, the largest single tensor in 16 bits, and 64 MiB. The peak is of
-anonymous memory (RssAnon, read every millisecond), since the mapped checkpoint is the page cache's; VmHWM, which counts
-those pages too, is printed beside it. Exits with 1 when the peak is above the allowed.
+Allowed above what the process held before: the 8-bit model, the largest single tensor in 16 bits, and 64 MiB. The peak
+is of anonymous memory (RssAnon, read every millisecond), since the mapped checkpoint is the page cache's; VmHWM, which
+counts those pages too, is printed beside it. Exits with 1 when the peak is above the allowed.
 """
 
 from __future__ import annotations
@@ -133,19 +133,26 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=1.2)
     parser.add_argument("--scheme", default="int8")
     parser.add_argument("--shard", default="100GB", help="the largest file, such as 500MB")
-    parser.add_argument("--folder", type=Path, default=None, help="where to put the checkpoint; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where to put the checkpoint; default: a temporary folder"
+    )
     options = parser.parse_args()
     units = {"MB": 10**6, "GB": 10**9}
     shard = int(options.shard[:-2]) * units[options.shard[-2:]]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         # in a process of its own: what it frees would tell this one's allocator to keep large blocks
-        writer = multiprocessing.get_context("spawn").Process(target=write_folder, args=(Path(folder), config_of(options.gib), shard))
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_folder, args=(Path(folder), config_of(options.gib), shard)
+        )
         writer.start()
         writer.join()
         result = measure(Path(folder), options.scheme)
     show(f"W8: loading into {options.scheme}, MiB", ["what", "value"], [[k, f"{v:.1f}"] for k, v in result.items()])
     ok = result["peak above it"] <= result["allowed above it"]
-    print("within the allowed" if ok else "ABOVE the allowed", f"by {abs(result['peak above it'] - result['allowed above it']):.1f} MiB")
+    print(
+        "within the allowed" if ok else "ABOVE the allowed",
+        f"by {abs(result['peak above it'] - result['allowed above it']):.1f} MiB",
+    )
     return 0 if ok else 1
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.schemes [--tokens 20000] [--source tests/data/quickstart_bf16]
 
-The output error is ||Y8 - Y|| / ||Y|| (Frobenius) over the inputs that each layer gets from held-out Python sources, Y in float32.
+The output error is ||Y8 - Y|| / ||Y|| (Frobenius) over the inputs that each layer gets from held-out Python sources,
+Y in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def held_out_stream(tokens: int) -> Tensor:
 
 @torch.no_grad()
 def output_errors(model: nn.Module, ids: Tensor, scheme: str, block_size: int) -> list[float]:
-    """The relative output error of every linear layer of ``model`` (float32), on what it is given for ``ids`` [1, tokens]."""
+    """The relative output error of every linear layer of ``model`` (float32), on what it is given for ``ids`` [1,
+    tokens]."""
     errors: list[float] = []
 
     def compare(layer: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""W1: a Llama-3-8B shape with random weights, LoRA r=16 on all seven projections, 8 adapters x 1 sequence x 1,024 tokens a
-step, through Trainer.fit.
+"""W1: a Llama-3-8B shape with random weights, LoRA r=16 on all seven projections, 8 adapters x 1 sequence x 1,024
+tokens a step, through Trainer.fit.
 
-    python -m benchmarks.w1 [--steps 10] [--adapters 8] [--tokens 1024] [--scheme int8] [--optim adamw8bit] [--recompute]
+    python -m benchmarks.w1 [--steps 10] [--adapters 8] [--tokens 1024] [--scheme int8] [--optim adamw8bit]
+    [--recompute]
 """
 
 from __future__ import annotations

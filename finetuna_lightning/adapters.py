@@ -64,7 +64,8 @@ def match_modules(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
 def _expert_target(model: nn.Module, pattern: str) -> TargetError:
     path = next(path for path, p in model.named_parameters() if p.dim() == 3)
     return TargetError(
-        f"{pattern!r} names expert weights, which are one 3-D parameter ({path}) and no linear layers: deltas on experts "
+        f"{pattern!r} names expert weights, which are one 3-D parameter ({path}) and no linear layers: deltas on "
+        f"experts "
         "are not supported; target the attention projections instead"
     )
 
@@ -72,7 +73,9 @@ def _expert_target(model: nn.Module, pattern: str) -> TargetError:
 def _no_match(model: nn.Module, pattern: str, wanted: str) -> TargetError:
     if pattern.rsplit(".", 1)[-1] in _EXPERT_NAMES and any(p.dim() == 3 for p in model.parameters()):
         return _expert_target(model, pattern)
-    names = {part for path, m in model.named_modules() if can_carry_delta(m) for part in (path.rsplit(".", 1)[-1], path)}
+    names = {
+        part for path, m in model.named_modules() if can_carry_delta(m) for part in (path.rsplit(".", 1)[-1], path)
+    }
     short = sorted({path.rsplit(".", 1)[-1] for path in names if not path.rsplit(".", 1)[-1].isdigit()})
     return TargetError(f"no {wanted} matches {pattern!r}{did_you_mean(pattern, names)} (there are: {', '.join(short)})")
 
@@ -188,7 +191,9 @@ class Adapter(nn.Module):
                 owner, _, leaf = name.rpartition(".")
                 turned = leaf == "weight" and owner in transposed
                 plain[f"{_path(key)}.{name}"] = tensor.t() if turned else tensor
-        deltas = {_path(key): dict(delta.named_parameters()) for key, delta in self.deltas.items()}
+        deltas: dict[str, dict[str, Tensor]] = {
+            _path(key): dict(delta.named_parameters()) for key, delta in self.deltas.items()
+        }
         return AdapterFolder(
             rank=self.rank, alpha=self.alpha, dropout=self.dropout, bias=self.bias,
             target_modules=self.target_modules, plain_modules=self.plain_modules, deltas=deltas, plain=plain,
@@ -204,7 +209,8 @@ class Adapter(nn.Module):
         """Take the weights of ``folder``.
 
         Raises:
-            CheckpointError: when its tensors are not exactly this adapter's, in name and shape. Nothing is changed then.
+            CheckpointError: when its tensors are not exactly this adapter's, in name and shape. Nothing is changed
+            then.
         """
         mine, theirs = _flat(self.folder()), _flat(folder)
         missing, unexpected = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
@@ -322,7 +328,8 @@ class AdapterBank(nn.ModuleDict):
         """Add an adapter from a PEFT folder.
 
         Raises:
-            CheckpointError: when a tensor is missing, left over, of another shape or not finite, or the folder says that
+            CheckpointError: when a tensor is missing, left over, of another shape or not finite, or the folder says
+            that
                 it was trained over another backbone.
         """
         folder = load_folder(path)
@@ -332,12 +339,17 @@ class AdapterBank(nn.ModuleDict):
                 f"{path} was trained over backbone {folder.backbone} (fingerprint {given}), but this one is "
                 f"{self.origin.get('backbone')} (fingerprint {known})"
             )
-        lost = [key for key in folder.deltas if key not in dict(self.backbone.named_modules(remove_duplicate=False))]
+        paths = dict(self.backbone.named_modules(remove_duplicate=False))
+        lost = [path for path in folder.deltas if path not in paths]
         if lost:
             raise CheckpointError(f"{path} has deltas for modules that this backbone lacks: {lost}")
+        for key, tensor in folder.base.items():
+            _check_base(f"{path}: {'.base_layer.'.join(key.rsplit('.', 1))}", self.backbone, key, tensor)
         adapter = self.add(
             name, rank=folder.rank, alpha=folder.alpha, dropout=folder.dropout, bias=folder.bias,
-            targets=list(folder.deltas), plain=folder.plain_modules, seed=seed,
+            targets=[f"(?:{re.escape(path)})" for path in folder.deltas],  # these paths, and none that ends like one
+            plain=[name for name in folder.plain_modules if match_modules(self.backbone, name)],  # PEFT lists more
+            seed=seed,
         )  # fmt: skip
         try:
             adapter.load_folder(folder)
@@ -370,7 +382,9 @@ class AdapterBank(nn.ModuleDict):
         """As ``route``, for a route made by hand."""
         for name in set(route.names):
             if name not in self:
-                raise ConfigError(f"there is no adapter {name!r}{did_you_mean(name, self)} (there are: {', '.join(self)})")
+                raise ConfigError(
+                    f"there is no adapter {name!r}{did_you_mean(name, self)} (there are: {', '.join(self)})"
+                )
         if training:
             seeds = {name: self._dropout_seed(name) for name in dict.fromkeys(route.names)}
             route = Route(route.names, route.rows, seeds)
@@ -387,16 +401,19 @@ class AdapterBank(nn.ModuleDict):
 
     def delta(self, name: str, path: str) -> Delta | None:
         """The delta of adapter ``name`` on layer ``path``."""
-        deltas = self._modules[name].deltas._modules  # type: ignore[union-attr]
-        return deltas.get(_key(path))  # type: ignore[return-value, union-attr, operator]
+        found: Any = self._adapter(name).deltas._modules.get(_key(path))
+        return found  # type: ignore[no-any-return]
 
     def plain_copy(self, name: str, path: str) -> nn.Module | None:
         """The private copy that adapter ``name`` trains of module ``path``."""
-        copies = self._modules[name].plain._modules  # type: ignore[union-attr]
-        return copies.get(_key(path))  # type: ignore[return-value, union-attr, operator]
+        return self._adapter(name).plain._modules.get(_key(path))
+
+    def _adapter(self, name: str) -> Adapter:
+        adapter: Any = self._modules[name]
+        return adapter  # type: ignore[no-any-return]
 
     def _dropout_seed(self, name: str) -> int:
-        adapter: Adapter = self[name]  # type: ignore[assignment]
+        adapter = self._adapter(name)
         adapter.calls += 1
         return stream_seed(adapter.seed, "dropout", adapter.calls)
 
@@ -437,6 +454,15 @@ class AdapterBank(nn.ModuleDict):
         return sorted(short) if named == set(targets) else sorted(targets)
 
 
+def _check_base(what: str, backbone: nn.Module, key: str, theirs: Tensor) -> None:
+    """Raise when ``theirs`` is not the backbone's own tensor ``key``, but for what 8 bits cost."""
+    owner, _, leaf = key.rpartition(".")
+    mine = getattr(backbone.get_submodule(owner), leaf, None)
+    theirs = theirs.float()
+    if mine is None or mine.shape != theirs.shape or (mine.cpu().float() - theirs).norm() > 0.1 * theirs.norm():
+        raise CheckpointError(f"{what} is not this backbone's: the adapter was trained over another one, or changed it")
+
+
 def layer_shape(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer or ``Conv1D``; of an embedding, (num_embeddings, dim)."""
     if isinstance(module, nn.Embedding):
@@ -447,7 +473,8 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def check_fit(rank: int, targets: dict[str, nn.Module], plain: dict[str, nn.Module]) -> None:
-    """Raise where a delta of ``rank`` does not fit one of ``targets``, or one of them lies in a module trained in full."""
+    """Raise where a delta of ``rank`` does not fit one of ``targets``, or one of them lies in a module trained in
+    full."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"adapter.rank must be an integer >= 1, not {rank!r}")
     for path, module in targets.items():
@@ -457,6 +484,7 @@ def check_fit(rank: int, targets: dict[str, nn.Module], plain: dict[str, nn.Modu
         if rank > min(layer_shape(module)):
             features = " x ".join(str(size) for size in layer_shape(module))
             raise ConfigError(
-                f"adapter.rank {rank} is larger than layer {path!r} ({features}): use at most {min(layer_shape(module))}, or "
+                f"adapter.rank {rank} is larger than layer {path!r} ({features}): use at most "
+                f"{min(layer_shape(module))}, or "
                 "leave that layer out of target_modules"
             )

@@ -20,12 +20,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from finetuna_lightning.adapters import matches, output_head, tensor_bytes
-from finetuna_lightning.errors import BackboneError, FinetunaError, TargetError, did_you_mean, one_of
+from finetuna_lightning.adapters import matches
+from finetuna_lightning.errors import BackboneError, FinetunaError, TargetError, did_you_mean
 from finetuna_lightning.files import replacing_folder
 from finetuna_lightning.nn.quantized import (
     QuantizedEmbedding,
@@ -73,7 +73,8 @@ class BackboneInfo:
 
 
 def _skipped(model: nn.Module, skip: Iterable[str]) -> set[int]:
-    """Ids of the layers that ``skip`` names, of what lies in them, and of layers that share a weight with one of these."""
+    """Ids of the layers that ``skip`` names, of what lies in them, and of layers that share a weight with one of
+    these."""
     layers = dict(model.named_modules(remove_duplicate=False))
     chosen: set[int] = set()
     for pattern in skip:
@@ -103,7 +104,7 @@ def quantize_model_(
     for path, module in list(model.named_modules()):
         if scheme == "none" or id(module) in left or not quantizable(module) or module.weight.dim() != 2:
             continue
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight: Tensor = module.weight
         try:
             if id(weight) not in done:
                 matrix = weight.t() if is_conv1d(module) else weight
@@ -209,7 +210,9 @@ def _read_tokenizer(folder: str, revision: str | None, trust_remote_code: bool) 
     if Path(folder).is_dir() and not any(any(Path(folder).glob(pattern)) for pattern in files):
         return None  # transformers would make an empty one, of the class that fits the model
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError):
         return None
 
@@ -247,21 +250,23 @@ def skeleton(config: Any, task: str, num_labels: int = 2, trust_remote_code: boo
         with _parameters_on_meta(), torch.random.fork_rng(devices=[]):
             model: nn.Module = AUTO_CLASSES[task].from_config(config, **options)
     except ValueError as error:
-        raise BackboneError(f"{type(config).__name__} cannot be loaded for {task}: {str(error).splitlines()[0]}") from error
+        raise BackboneError(
+            f"{type(config).__name__} cannot be loaded for {task}: {str(error).splitlines()[0]}"
+        ) from error
     return model.eval()
 
 
-class _EightBitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class _EightBitConfig(QuantizationConfigMixin):
     """What transformers' loader is handed: the scheme, and which layers to leave alone."""
 
     def __init__(self, scheme: str = "int8", block_size: int = 64, skip: list[str] | None = None, device: str = "cpu",
                  **_: Any) -> None:  # fmt: skip
-        self.quant_method = _METHOD
+        self.quant_method: Any = _METHOD
         self.scheme, self.block_size, self.skip, self.device = scheme, block_size, list(skip or ()), device
         self.fault = ""  # why a weight could not be quantised; transformers raises an error of its own instead
 
 
-class _EightBitQuantizer(HfQuantizer):  # type: ignore[misc]
+class _EightBitQuantizer(HfQuantizer):
     """Turns each weight into codes as transformers materialises it.
 
     The codes travel through the loader as an integer parameter in the weight's place, with the ``QuantizedWeight`` they
@@ -269,6 +274,7 @@ class _EightBitQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = False
+    quantization_config: _EightBitConfig
 
     def __init__(self, quantization_config: _EightBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -363,8 +369,8 @@ def load_backbone(
     Args:
         name_or_path: a hub name, a Hugging Face folder, a folder saved by ``save_backbone``, or ``quickstart``.
         scheme, block_size: the 8-bit storage; a saved 8-bit folder has its own, which must be this one.
-        task, num_labels: which head stands on it. Names of modules that the checkpoint lacks (a new classification head)
-            are in the result's ``finetuna_new_modules``.
+        task, num_labels: which head stands on it. Names of modules that the checkpoint lacks (a new classification
+            head) are in the result's ``finetuna_new_modules``.
         dtype: of what is not quantised.
         skip: modules to leave in ``dtype``.
         device: where each weight is quantised as it arrives, and stays.
@@ -423,7 +429,9 @@ def _load_huggingface(
             _put(module, quantized, checked=_known_linear(module))
     _own_memory(model)
     if info.get("mismatched_keys"):
-        raise BackboneError(f"backbone {folder!r}: shapes differ for {sorted(str(k) for k in info['mismatched_keys'])[:3]}")
+        raise BackboneError(
+            f"backbone {folder!r}: shapes differ for {sorted(str(k) for k in info['mismatched_keys'])[:3]}"
+        )
     new = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
     return model, _check_new(model, folder, task, new)
 
@@ -457,8 +465,8 @@ def _check_new(model: nn.Module, folder: str, task: str, new: list[str]) -> list
 def save_backbone(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
     """Write a quantised backbone as safetensors and a small JSON, to be loaded without its 16-bit source.
 
-    The folder holds ``backbone.safetensors`` (codes, scales, and what is not quantised), ``backbone.json`` (scheme, types,
-    ties, fingerprint), the transformers ``config.json`` and the tokenizer's files. Written beside and renamed.
+    The folder holds ``backbone.safetensors`` (codes, scales, and what is not quantised), ``backbone.json`` (scheme,
+    types, ties, fingerprint), the transformers ``config.json`` and the tokenizer's files. Written beside and renamed.
     """
     layers = {p: m for p, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)}
     matrices = quantized_layers(model)
@@ -481,7 +489,9 @@ def save_backbone(model: nn.Module, path: str | Path, tokenizer: Any = None) -> 
         "fingerprint": fingerprint(model),
     }
     with replacing_folder(path) as beside:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, beside / WEIGHTS_NAME, {"format": "pt"})
+        save_file(
+            {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, beside / WEIGHTS_NAME, {"format": "pt"}
+        )
         (beside / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n")
         for part in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
             if part is not None:
@@ -549,7 +559,9 @@ def _load_parameters(model: nn.Module, modules: dict[str, nn.Module], file: Any,
         if stored not in loaded:
             loaded[stored] = nn.Parameter(file.get_tensor(stored).clone(), requires_grad=False)
         if loaded[stored].shape != parameter.shape:
-            raise BackboneError(f"{name} is {tuple(loaded[stored].shape)} in the folder, {tuple(parameter.shape)} in the model")
+            raise BackboneError(
+                f"{name} is {tuple(loaded[stored].shape)} in the folder, {tuple(parameter.shape)} in the model"
+            )
         modules[owner]._parameters[leaf] = loaded[stored]
 
 
@@ -573,13 +585,15 @@ def enable_checkpointing(model: nn.Module) -> None:
     older = getattr(model, "gradient_checkpointing_enable", None)  # the name before transformers 5.20 or so
     enable = getattr(model, "activation_checkpointing_enable", older)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
-        raise BackboneError(f"{type(model).__name__} does not support gradient checkpointing; set gradient_checkpointing=false")
+        raise BackboneError(
+            f"{type(model).__name__} does not support gradient checkpointing; set gradient_checkpointing=false"
+        )
     enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
 
 
 def recompute_in_training(model: nn.Module, training: bool) -> None:
-    """Switch an enabled recomputation on or off. transformers recomputes only the layers that are in training mode, which
-    their frozen, dropout-free contents are not."""
+    """Switch an enabled recomputation on or off. transformers recomputes only the layers that are in training mode,
+    which their frozen, dropout-free contents are not."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = training

@@ -52,7 +52,9 @@ def build_adapters(config: Mapping[str, Any]) -> dict[str, AdapterConfig]:
     """Each adapter's configuration: ``adapter``, with what ``adapters.<name>`` changes."""
     changes = config["adapters"] or {}
     return {
-        name: as_config(AdapterConfig, _merged(config["adapter"], changes.get(name), f"adapters.{name}"), f"adapters.{name}")
+        name: as_config(
+            AdapterConfig, _merged(config["adapter"], changes.get(name), f"adapters.{name}"), f"adapters.{name}"
+        )
         for name in adapter_names(config)
     }
 
@@ -65,7 +67,9 @@ def build_sources(config: Mapping[str, Any]) -> dict[str, DataConfig]:
     for name in adapter_names(config):
         fields = _merged(shared, (data["sources"] or {}).get(name), f"data.sources.{name}")
         if not fields.get("path"):
-            raise ConfigError(f"adapter {name!r} has no data: set data.sources.{name}.path=FILE, or data.path=FILE for all")
+            raise ConfigError(
+                f"adapter {name!r} has no data: set data.sources.{name}.path=FILE, or data.path=FILE for all"
+            )
         sources[name] = as_config(DataConfig, fields, f"data.sources.{name}")
     return sources
 

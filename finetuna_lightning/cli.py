@@ -1,7 +1,7 @@
 """``finetuna-cli``: LightningCLI over the same classes.
 
-    finetuna-cli fit --config run.yaml
-    finetuna-cli fit --print_config > run.yaml
+finetuna-cli fit --config run.yaml
+finetuna-cli fit --print_config > run.yaml
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig
 from finetuna_lightning.errors import FinetunaError

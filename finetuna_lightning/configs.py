@@ -1,5 +1,6 @@
 """Dataclasses shared by scripts, Hydra and LightningCLI. Standard library only; every field is a plain type that both
-OmegaConf and jsonargparse accept. Values are checked at construction, so that a mistake is reported before any loading."""
+OmegaConf and jsonargparse accept. Values are checked at construction, so that a mistake is reported before any
+loading."""
 
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = frozenset(
     # attributes of the adapter bank, an nn.ModuleDict in which an adapter is a child: such a name would shadow a method
     "T_destination adapters add add_module apply attach backbone backbone_nbytes bare bfloat16 buffers call_super_init "
-    "children clear compile cpu cuda default_route delta detach double dump_patches eval extra_repr float follow forward "
+    "children clear compile cpu cuda default_route delta detach double dump_patches eval extra_repr float follow "
+    "forward "
     "get_buffer get_extra_state get_parameter get_submodule half ipu items keys load load_state_dict modules mtia "
     "named_buffers named_children named_modules named_parameters names origin parameters plain_copy pop "
-    "register_backward_hook register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook "
+    "register_backward_hook register_buffer register_forward_hook register_forward_pre_hook "
+    "register_full_backward_hook "
     "register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook "
     "register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook remove "
     "requires_grad_ route set_extra_state set_submodule share_memory state_dict to to_empty train training type update "
@@ -86,7 +89,9 @@ def as_config(kind: type[_Config], value: Any, what: str = "") -> _Config:
         raise ConfigError(f"{where} must be a {kind.__name__} or a mapping of its fields, not {value!r}")
     for key in value:
         if key not in names:
-            raise ConfigError(f"{where} has no field {key!r}{did_you_mean(str(key), names)} (fields: {', '.join(names)})")
+            raise ConfigError(
+                f"{where} has no field {key!r}{did_you_mean(str(key), names)} (fields: {', '.join(names)})"
+            )
     return kind(**value)
 
 
@@ -208,7 +213,9 @@ class AdapterConfig:
         self.target_modules = _names("adapter.target_modules", self.target_modules)
         self.plain_modules = _names("adapter.plain_modules", self.plain_modules)
         if not self.target_modules and not self.plain_modules:
-            raise ConfigError("adapter.target_modules and adapter.plain_modules are both empty: nothing would be trained")
+            raise ConfigError(
+                "adapter.target_modules and adapter.plain_modules are both empty: nothing would be trained"
+            )
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""The API of the library ``finetuna``, without Lightning: take any module, ask for as many fine-tuned models of it as you
-like, train each with an ordinary loop. All of them share the base's storage.
+"""The API of the library ``finetuna``, without Lightning: take any module, ask for as many fine-tuned models of it as
+you like, train each with an ordinary loop. All of them share the base's storage.
 
     prepare_base_model(base)                       # 8-bit, frozen, in place
     first, second = new_finetuned(base), new_finetuned(base, linear_config=LinearAdapterConfig(r=16))
@@ -85,8 +85,8 @@ def new_finetuned(
         model: any module; quantised first, in place, unless it is already or ``do_not_quantize``.
         adapt_layers: layers that carry deltas (suffixes, full paths, regular expressions); None: every linear layer but
             the output head.
-        plain_layers: modules of which the result has a private copy, trained in full; names that ``model`` does not have are
-            no error.
+        plain_layers: modules of which the result has a private copy, trained in full; names that ``model`` does not
+            have are no error.
         embedding_config, linear_config: one configuration, or one for each name of ``adapt_layers``.
         modules_not_to_quantize, do_not_quantize: as in ``prepare_base_model``.
         modules_not_to_freeze: as ``plain_layers``: a private copy, trained in full.
@@ -99,7 +99,9 @@ def new_finetuned(
     for path in quantized_layers(model):
         for name in modules_not_to_quantize:
             if matches(name, path):
-                raise ConfigError(f"{path!r} is quantised already: name it in prepare_base_model(modules_not_to_quantize=...)")
+                raise ConfigError(
+                    f"{path!r} is quantised already: name it in prepare_base_model(modules_not_to_quantize=...)"
+                )
     if not do_not_quantize and not quantized_layers(model):
         prepare_base_model(model, set(modules_not_to_quantize) | set(plain_layers))
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -122,14 +124,13 @@ def _settings(model: nn.Module, targets: list[str], linear: Any, embedding: Any)
     chosen: dict[str, dict[str, Any]] = {}
     for path, module in resolve_targets(model, targets).items():
         embeds = isinstance(module, nn.Embedding)
-        config = (embedding if embeds else linear) or (EmbeddingAdapterConfig() if embeds else LinearAdapterConfig())
+        default = EmbeddingAdapterConfig() if embeds else LinearAdapterConfig()
+        config: Any = (embedding if embeds else linear) or default
         if isinstance(config, Mapping):
             name = next((name for name in config if matches(name, path)), None)
             if name is None:
-                raise TargetError(
-                    f"{'embedding' if embeds else 'linear'}_config has no entry for {path!r}{did_you_mean(path, config)} (there "
-                    f"are: {', '.join(config)})"
-                )
+                kind, near = "embedding" if embeds else "linear", did_you_mean(path, config)
+                raise TargetError(f"{kind}_config has no entry for {path!r}{near} (there are: {', '.join(config)})")
             config = config[name]
         chosen[path] = {"rank": config.r, "alpha": config.alpha}
         if not embeds:

@@ -7,6 +7,8 @@ A folder holds ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT 0
 ``base_model.model.<path>.lora_embedding_A``       [r, vocabulary]
 ``base_model.model.<path>.lora_embedding_B``       [dim, r]
 ``base_model.model.<path>.<parameter>``            a parameter of a module trained in full
+``base_model.model.<path>.base_layer.<parameter>``  the backbone's own table, which PEFT writes beside an embedding's
+delta
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS", "seq2seq-lm": "SEQ_2_SEQ_LM"}
+_BASE = ".base_layer."
 _KINDS = {
     ".lora_A.weight": "lora_A",
     ".lora_B.weight": "lora_B",
@@ -46,6 +49,7 @@ class AdapterFolder:
         target_modules, plain_modules: suffixes or full paths.
         deltas: by path, the delta's tensors by parameter name (``lora_A``, ``lora_B``, ...).
         plain: by path and parameter (``lm_head.weight``), the tensors of modules trained in full.
+        base: by path and parameter, copies of the backbone's own tensors: read, to be compared, and never written.
         task: of the backbone.
         backbone, revision: what the adapter was trained over.
         fingerprint: of the backbone's codes and scales; kept in the safetensors metadata, where PEFT does not look.
@@ -65,6 +69,7 @@ class AdapterFolder:
     revision: str | None = None
     fingerprint: str | None = None
     fan_in_fan_out: bool = False
+    base: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -116,11 +121,11 @@ def load_folder(path: str | Path) -> AdapterFolder:
         if not (path / name).is_file():
             raise CheckpointError(f"{path} is no PEFT adapter folder: {name} is missing")
     try:
-        config = json.loads((path / CONFIG_NAME).read_text())
+        config = dict(json.loads((path / CONFIG_NAME).read_text()))
         with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     _refuse_unsupported(path, config)
     deltas: dict[str, dict[str, Tensor]] = {}
@@ -136,6 +141,8 @@ def load_folder(path: str | Path) -> AdapterFolder:
             plain[name] = tensor
         else:
             deltas.setdefault(name.removesuffix(suffix), {})[_KINDS[suffix]] = tensor
+    copies = [name for name in plain if name.rpartition(_BASE)[0] in deltas]
+    base = {name.replace(_BASE, "."): plain.pop(name) for name in copies}
     targets = config.get("target_modules") or []
     return AdapterFolder(
         rank=config["r"],
@@ -146,6 +153,7 @@ def load_folder(path: str | Path) -> AdapterFolder:
         plain_modules=list(config.get("modules_to_save") or []),
         deltas=deltas,
         plain=plain,
+        base=base,
         task=next((task for task, name in TASK_TYPES.items() if name == config.get("task_type")), None),
         backbone=config.get("base_model_name_or_path"),
         revision=config.get("revision"),
@@ -157,7 +165,15 @@ def load_folder(path: str | Path) -> AdapterFolder:
 def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} holds a {config.get('peft_type')} adapter; only LORA can be loaded")
-    for key, allowed in (("bias", ("none", None)), ("use_dora", (False, None)), ("rank_pattern", ({}, None)),
-                         ("alpha_pattern", ({}, None))):  # fmt: skip
+    nothing: dict[str, tuple[Any, ...]] = {
+        "bias": ("none", None), "use_dora": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+        "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
+    }  # fmt: skip
+    for key, allowed in nothing.items():
         if config.get(key) not in allowed:
             raise CheckpointError(f"{path}: {key}={config[key]!r} is not supported; expected {allowed[0]!r}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise CheckpointError(f"{path}: r={rank!r} is not an integer >= 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise CheckpointError(f"{path}: lora_alpha={alpha!r} is not a number")

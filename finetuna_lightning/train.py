@@ -1,8 +1,8 @@
 """``finetuna-train``: one run, or a multirun, from the Hydra tree in ``conf/``.
 
-    finetuna-train experiment=quickstart
-    finetuna-train backbone.name_or_path=./llama data.path=./chats.jsonl
-    finetuna-train -m adapter.rank=4,8,16 adapter.lr=1e-4,3e-4 data.path=./chats.jsonl
+finetuna-train experiment=quickstart
+finetuna-train backbone.name_or_path=./llama data.path=./chats.jsonl
+finetuna-train -m adapter.rank=4,8,16 adapter.lr=1e-4,3e-4 data.path=./chats.jsonl
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def _quiet() -> None:
         logging.getLogger(name).handlers.clear()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Noise())
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own
 
 
 _MISTAKES = (FinetunaError, HydraException, OmegaConfBaseException)
@@ -80,7 +82,9 @@ def _metric(trainer: Any, name: str | None) -> float | None:
     if name is None:
         return None
     if name.startswith("val/") and name not in trainer.callback_metrics and trainer.datamodule.evaluation_sets("val"):
-        trainer.validate(trainer.lightning_module, trainer.datamodule, verbose=False)  # the fit ended before it came to it
+        trainer.validate(
+            trainer.lightning_module, trainer.datamodule, verbose=False
+        )  # the fit ended before it came to it
     logged = trainer.callback_metrics
     if name not in logged:
         known = sorted(key for key in logged if not key.startswith("memory/"))
@@ -106,7 +110,7 @@ def _report(plain: dict[str, Any], trainer: Any, started: float) -> None:
     memory, progress, saved = first(AdapterMemoryMonitor), first(AdapterProgress), first(AdapterCheckpoint)
     metric, matrix = report.metric_of(module), {}
     if data.evaluation_sets("val"):
-        matrix = report.evaluate_on_every_set(module, data)
+        matrix = report.evaluate_on_every_set(module, data, max_batches=plain["report_batches"])
         console.print(report.perplexity_table(matrix, metric))
     samples = _samples(module, plain["samples"] or {})
     if samples:
@@ -156,7 +160,7 @@ def _task(config: DictConfig) -> float | None:
 def main() -> None:
     """Entry point: a mistake is one line and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
     _FAILED.clear()
-    full = os.environ.get("HYDRA_FULL_ERROR")
+    full = os.environ.get("HYDRA_FULL_ERROR", "")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits before the error gets here
     run = hydra.main(version_base="1.3", config_path="pkg://finetuna_lightning.conf", config_name="train")
     try:
@@ -166,6 +170,8 @@ def main() -> None:
             raise
         print(_one_line(error), file=sys.stderr)
         sys.exit(1)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = full
     if _FAILED:
         sys.exit(1)
 

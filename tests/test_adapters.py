@@ -64,12 +64,18 @@ def test_a_broken_expression_is_one_line() -> None:
     [
         (["q_proj"], {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}),
         (["model.layers.1.self_attn.q_proj"], {"model.layers.1.self_attn.q_proj"}),
-        (["0.self_attn.q_proj", "down_proj"], {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}),
+        (
+            ["0.self_attn.q_proj", "down_proj"],
+            {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"},
+        ),
         ([r".*\.0\..*(q|v)_proj"], {f"model.layers.0.self_attn.{p}_proj" for p in "qv"}),
-        (["all-linear"], {f"model.layers.{i}.{'self_attn' if n in ATTENTION else 'mlp'}.{n}" for i in (0, 1) for n in LINEAR}),
+        (
+            ["all-linear"],
+            {f"model.layers.{i}.{'self_attn' if n in ATTENTION else 'mlp'}.{n}" for i in (0, 1) for n in LINEAR},
+        ),
         (["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
     ],
-)  # fmt: skip
+)
 def test_targets(patterns: list[str], expected: set[str]) -> None:
     model = tiny_model("llama")
     found = resolve_targets(model, patterns)
@@ -97,7 +103,9 @@ def test_all_linear_of_gpt2_is_its_conv1d() -> None:
 @pytest.mark.parametrize("patterns", [["q_porj"], ["v_proj", "q_porj"], ["q_porj", "v_proj"]])
 def test_a_typo_names_the_nearest(patterns: list[str]) -> None:
     _, bank = bank_over()
-    with pytest.raises(TargetError, match=r"no layer matches 'q_porj'; did you mean 'q_proj'\?.*k_proj.*lm_head") as error:
+    with pytest.raises(
+        TargetError, match=r"no layer matches 'q_porj'; did you mean 'q_proj'\?.*k_proj.*lm_head"
+    ) as error:
         bank.add("a", targets=patterns)
     assert "\n" not in str(error.value) and not bank
     with pytest.raises(TargetError, match=r"no module matches 'lm_haed'; did you mean 'lm_head'"):
@@ -107,14 +115,21 @@ def test_a_typo_names_the_nearest(patterns: list[str]) -> None:
 
 def test_a_container_says_what_is_inside() -> None:
     _, bank = bank_over()
-    with pytest.raises(TargetError, match="'self_attn' names 'model.layers.0.self_attn', a LlamaAttention.*inside it are: k_proj, o_proj, q_proj, v_proj"):
+    with pytest.raises(
+        TargetError,
+        match=r"'self_attn' names 'model.layers.0.self_attn', a LlamaAttention.*inside it are: k_proj, o_proj, q_proj",
+    ):
         bank.add("a", targets=["self_attn"])
-    with pytest.raises(TargetError, match="'norm' names 'model.norm', a LlamaRMSNorm, which is no linear layer or embedding$"):
+    with pytest.raises(
+        TargetError, match=r"'norm' names 'model.norm', a LlamaRMSNorm, which is no linear layer or embedding$"
+    ):
         bank.add("a", targets=["norm"])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("target", ["experts", "gate_up_proj", "down_proj", "gate_proj", "w1", "model.layers.0.mlp.experts"])
+@pytest.mark.parametrize(
+    "target", ["experts", "gate_up_proj", "down_proj", "gate_proj", "w1", "model.layers.0.mlp.experts"]
+)
 def test_expert_targets_say_so(name: str, target: str) -> None:
     model = tiny_model(name)
     bank = AdapterBank(model)
@@ -138,8 +153,12 @@ def test_plain_modules_outermost_only() -> None:
 
 def test_both_adapted_and_trained_in_full_is_an_error() -> None:
     _, bank = bank_over()
-    for targets, plain in ((["lm_head"], ["lm_head"]), (["up_proj"], ["mlp"]), (["q_proj", "0.mlp.up_proj"], ["layers.0"])):
-        with pytest.raises(TargetError, match="both adapted and trained in full.*choose one"):
+    for targets, plain in (
+        (["lm_head"], ["lm_head"]),
+        (["up_proj"], ["mlp"]),
+        (["q_proj", "0.mlp.up_proj"], ["layers.0"]),
+    ):
+        with pytest.raises(TargetError, match=r"both adapted and trained in full.*choose one"):
             bank.add("a", targets=targets, plain=plain)
     assert not bank
     bank.add("a", targets=["all-linear"], plain=["lm_head", "1.mlp"])
@@ -174,7 +193,23 @@ def test_layer_shapes() -> None:
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
-BAD_NAMES = ["", "a.b", "../x", "/tmp/x", "a b", "-a", "_a", "a/b", "é", "a\n", "forward", "keys", "train", "names", "add"]
+BAD_NAMES = [
+    "",
+    "a.b",
+    "../x",
+    "/tmp/x",
+    "a b",
+    "-a",
+    "_a",
+    "a/b",
+    "é",
+    "a\n",
+    "forward",
+    "keys",
+    "train",
+    "names",
+    "add",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -233,7 +268,9 @@ def test_a_rank_is_a_positive_integer(rank: Any) -> None:
 
 def test_a_rank_larger_than_the_layer() -> None:
     _, bank = bank_over()
-    with pytest.raises(ConfigError, match=r"rank 17 is larger than layer 'model.layers.0.self_attn.k_proj' \(32 x 16\): use at most 16"):
+    with pytest.raises(
+        ConfigError, match=r"rank 17 is larger than layer 'model.layers.0.self_attn.k_proj' \(32 x 16\): use at most 16"
+    ):
         bank.add("a", rank=17, targets=["q_proj", "k_proj"])
     bank.add("a", rank=16, targets=["q_proj", "k_proj"])
     bank.add("b", rank=32, targets=["q_proj"])
@@ -244,7 +281,9 @@ def test_a_rank_larger_than_the_layer() -> None:
 
 def test_what_an_adapter_is_told_is_what_its_deltas_are() -> None:
     _, bank = bank_over()
-    adapter = bank.add("a", rank=3, alpha=5.0, dropout=0.25, bias=True, targets=["q_proj", "embed_tokens"], plain=["norm"], seed=4)
+    adapter = bank.add(
+        "a", rank=3, alpha=5.0, dropout=0.25, bias=True, targets=["q_proj", "embed_tokens"], plain=["norm"], seed=4
+    )
     assert {type(delta) for delta in adapter.deltas.values()} == {LoRALinear, LoRAEmbedding}
     for delta in adapter.deltas.values():
         assert delta.rank == 3 and delta.alpha == 5.0
@@ -274,10 +313,14 @@ def test_initial_values_depend_on_the_seed_and_the_path_alone() -> None:
 
 def test_full_paths_are_kept_where_suffixes_would_name_more() -> None:
     _, bank = bank_over()
-    assert bank.add("a", rank=2, targets=["model.layers.1.self_attn.q_proj"]).target_modules == ["model.layers.1.self_attn.q_proj"]
+    assert bank.add("a", rank=2, targets=["model.layers.1.self_attn.q_proj"]).target_modules == [
+        "model.layers.1.self_attn.q_proj"
+    ]
     assert bank.add("b", rank=2, targets=[r".*[qv]_proj"]).target_modules == ["q_proj", "v_proj"]
     _, bank = bank_over("gpt2")
-    assert bank.add("a", rank=2, targets=["attn.c_proj"]).target_modules == [f"transformer.h.{i}.attn.c_proj" for i in (0, 1)]
+    assert bank.add("a", rank=2, targets=["attn.c_proj"]).target_modules == [
+        f"transformer.h.{i}.attn.c_proj" for i in (0, 1)
+    ]
 
 
 # ---- live -----------------------------------------------------------------------------------------------------------
@@ -366,7 +409,9 @@ def test_bytes_of_everything_are_the_backbones_and_each_adapters(scheme: str, ti
     alone = tensor_bytes(model)
     for index in range(8):
         plain = [["lm_head"], ["norm"], [], ["layers.1.mlp"]][index % 4]
-        bank.add(f"a{index}", rank=2 + index, targets=["q_proj", "v_proj", "embed_tokens"][: 1 + index % 3], plain=plain)
+        bank.add(
+            f"a{index}", rank=2 + index, targets=["q_proj", "v_proj", "embed_tokens"][: 1 + index % 3], plain=plain
+        )
     everything = {id(t): t.numel() * t.itemsize for m in (model, bank) for t in (*m.parameters(), *m.buffers())}
     assert bank.backbone_nbytes == alone
     assert sum(everything.values()) == bank.backbone_nbytes + sum(adapter.nbytes for adapter in bank.adapters())

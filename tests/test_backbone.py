@@ -1,4 +1,4 @@
-"""Loading straight into 8 bits: the same as quantising the whole model, from every kind of folder, or one clear line."""
+"""Loading straight into 8 bits: what quantising the whole model gives, from every kind of folder, or one clear line."""
 
 from __future__ import annotations
 
@@ -117,14 +117,18 @@ def test_a_weight_that_cannot_be_quantised_is_named() -> None:
     model = plain_net()
     with torch.no_grad():
         model.block[2].weight[0, 0] = math.nan
-    with pytest.raises(BackboneError, match=r"cannot quantise 'block\.2': the weight holds NaN or infinity; name it in skip_modules"):
+    with pytest.raises(
+        BackboneError, match=r"cannot quantise 'block\.2': the weight holds NaN or infinity; name it in skip_modules"
+    ):
         quantize_model_(model)
 
     class Doubling(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
-    with pytest.raises(BackboneError, match=r"cannot quantise '0': Doubling is a linear layer with a forward of its own"):
+    with pytest.raises(
+        BackboneError, match=r"cannot quantise '0': Doubling is a linear layer with a forward of its own"
+    ):
         quantize_model_(nn.Sequential(Doubling(4, 4)))
     assert type(quantize_model_(nn.Sequential(Doubling(4, 4), nn.Linear(4, 4)), skip=["0"])[0]) is Doubling  # type: ignore[index]
 
@@ -135,7 +139,9 @@ def test_fingerprints_name_the_module_that_changed() -> None:
     model.block[2].quantized.codes[1, 1] += 1
     after = fingerprints(model)
     assert {path for path in before if before[path] != after[path]} == {"block.2"} and fingerprint(model) != whole
-    assert len(whole) == 16 and fingerprint(plain_net()) == fingerprint(plain_net(seed=1)) != fingerprint(nn.Linear(2, 2))
+    assert len(whole) == 16 and fingerprint(plain_net()) == fingerprint(plain_net(seed=1)) != fingerprint(
+        nn.Linear(2, 2)
+    )
 
 
 def test_a_cast_leaves_buffers_and_codes() -> None:
@@ -157,12 +163,16 @@ def test_a_cast_leaves_buffers_and_codes() -> None:
 def test_loading_is_quantising_the_whole_model(sharded: bool, dtype: torch.dtype, tie: bool, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_shard_size": "20KB"} if sharded else {}
     folder = tiny_folder(tmp_path / "m", dtype=dtype, tie_word_embeddings=tie, **more)
-    assert len(list(Path(folder).glob("*.safetensors"))) > 1 if sharded else (Path(folder) / "model.safetensors").is_file()
+    assert (
+        len(list(Path(folder).glob("*.safetensors"))) > 1 if sharded else (Path(folder) / "model.safetensors").is_file()
+    )
     model = load_backbone(folder)
     expected = quantize_model_(pretrained(folder)).float()
     assert fingerprints(model) == fingerprints(expected) and same(model, expected, tiny_inputs("llama"))
     assert (model.lm_head.quantized is model.model.embed_tokens.quantized) == tie  # type: ignore[union-attr]
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not any(
+        p.requires_grad for p in model.parameters()
+    )
     assert not model.training and model.finetuna_new_modules == []
 
 
@@ -174,7 +184,9 @@ def test_other_architectures_and_schemes(name: str, scheme: str, tmp_path: Path)
     expected = quantize_model_(pretrained(folder), scheme, 128)
     assert fingerprint(model) == fingerprint(expected) and same(model, expected, tiny_inputs(name))
     assert bool(quantized_layers(model)) == (scheme != "none")
-    assert {q.scheme for q in quantized_layers(model).values()} <= {scheme} and {q.block_size for q in quantized_layers(model).values()} <= {128}
+    assert {q.scheme for q in quantized_layers(model).values()} <= {scheme} and {
+        q.block_size for q in quantized_layers(model).values()
+    } <= {128}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -239,7 +251,12 @@ def test_a_new_classification_head_is_told_and_repeatable(name: str, tmp_path: P
     inputs = tiny_inputs("llama")
     assert logits_of(model, inputs).shape == (4, 5) and same(model, again, inputs)
     assert fingerprint(model) == fingerprint(again)
-    assert load_backbone(tiny_folder(tmp_path / "b", "bert"), task="sequence-classification", num_labels=LABELS).finetuna_new_modules == []
+    assert (
+        load_backbone(
+            tiny_folder(tmp_path / "b", "bert"), task="sequence-classification", num_labels=LABELS
+        ).finetuna_new_modules
+        == []
+    )
 
 
 # ---- the saved 8-bit form -------------------------------------------------------------------------------------------
@@ -248,7 +265,15 @@ def test_a_new_classification_head_is_told_and_repeatable(name: str, tmp_path: P
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("llama", {"tie_word_embeddings": True}), ("llama", {}), ("gpt2", {}), ("bert", {}), ("t5", {}), ("gemma3", {}), ("mixtral", {})],
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {}),
+        ("gpt2", {}),
+        ("bert", {}),
+        ("t5", {}),
+        ("gemma3", {}),
+        ("mixtral", {}),
+    ],
     ids=str,
 )
 def test_saved_and_loaded_again_is_the_same(name: str, more: dict[str, Any], scheme: str, tmp_path: Path) -> None:
@@ -260,7 +285,9 @@ def test_saved_and_loaded_again_is_the_same(name: str, more: dict[str, Any], sch
     again = load_backbone(str(tmp_path / "q"), **options)
     assert same(model, again, tiny_inputs(name)) and fingerprints(model) == fingerprints(again)
     assert tensor_bytes(model) == tensor_bytes(again) and again.finetuna_new_modules == []
-    assert not any(p.requires_grad for p in again.parameters()) and not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
+    assert not any(p.requires_grad for p in again.parameters()) and not any(
+        t.is_meta for t in (*again.parameters(), *again.buffers())
+    )
     manifest = json.loads((tmp_path / "q" / MANIFEST_NAME).read_text())
     assert manifest["scheme"] == scheme and manifest["fingerprint"] == fingerprint(model)
 
@@ -303,7 +330,11 @@ def test_another_task_over_a_saved_backbone(tie: bool, tmp_path: Path) -> None:
     model: Any = load_backbone(str(tmp_path / "q"), **options)
     again: Any = load_backbone(str(tmp_path / "q"), **options)
     inputs = tiny_inputs("llama")
-    assert model.finetuna_new_modules == ["score"] and logits_of(model, inputs).shape == (4, 4) and same(model, again, inputs)
+    assert (
+        model.finetuna_new_modules == ["score"]
+        and logits_of(model, inputs).shape == (4, 4)
+        and same(model, again, inputs)
+    )
     assert torch.equal(model.model(**inputs).last_hidden_state, causal.model(**inputs).last_hidden_state)
     assert 0.005 < float(model.score.weight.detach().std()) < 0.05 and not model.score.weight.requires_grad
 
@@ -353,7 +384,9 @@ def test_a_model_of_ones_own_is_filled_from_a_saved_folder(tmp_path: Path) -> No
 
 def test_a_missing_folder_names_the_nearest(tmp_path: Path) -> None:
     tiny_folder(tmp_path / "llama")
-    with pytest.raises(BackboneError, match=r"backbone folder '.*/lama' does not exist; did you mean 'llama'\?") as error:
+    with pytest.raises(
+        BackboneError, match=r"backbone folder '.*/lama' does not exist; did you mean 'llama'\?"
+    ) as error:
         load_backbone(str(tmp_path / "lama"))
     assert "\n" not in str(error.value)
     with pytest.raises(BackboneError, match=r"backbone folder '\./nowhere/x' does not exist$"):
@@ -362,10 +395,10 @@ def test_a_missing_folder_names_the_nearest(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BackboneError, match="has no config.json: it is no Hugging Face model folder"):
+    with pytest.raises(BackboneError, match=r"has no config.json: it is no Hugging Face model folder"):
         load_backbone(str(tmp_path / "empty"))
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "never-heard-of"}')
-    with pytest.raises(BackboneError, match="cannot be read.*never-heard-of") as error:
+    with pytest.raises(BackboneError, match=r"cannot be read.*never-heard-of") as error:
         load_backbone(str(tmp_path / "empty"))
     assert "\n" not in str(error.value)
     (tmp_path / "empty" / "config.json").write_text("{")
@@ -401,13 +434,17 @@ def change_checkpoint(folder: str, **changes: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "none"])
-@pytest.mark.parametrize("lost", ["model__layers__1__mlp__up_proj__weight", "model__norm__weight", "model__embed_tokens__weight"])
+@pytest.mark.parametrize(
+    "lost", ["model__layers__1__mlp__up_proj__weight", "model__norm__weight", "model__embed_tokens__weight"]
+)
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
 def test_a_checkpoint_that_lacks_a_weight(task: str, lost: str, scheme: str, tmp_path: Path) -> None:
     """A new classification head may be missing, and nothing else: it would be random, and nobody told."""
     folder = tiny_folder(tmp_path / "m")
     change_checkpoint(folder, **{lost: None})
-    with pytest.raises(BackboneError, match=f"not complete: it lacks the weights of {lost.replace('__', '.').rpartition('.')[0]}"):
+    with pytest.raises(
+        BackboneError, match=f"not complete: it lacks the weights of {lost.replace('__', '.').rpartition('.')[0]}"
+    ):
         load_backbone(folder, scheme=scheme, task=task)
 
 
@@ -418,7 +455,7 @@ def test_a_checkpoint_with_nan(name: str, value: float, tmp_path: Path) -> None:
     bad = load_file(Path(folder) / "model.safetensors")[name.replace("__", ".")]
     bad[1, 2] = value
     change_checkpoint(folder, **{name: bad})
-    with pytest.raises(BackboneError, match="cannot quantise '?" + name.replace("__", ".")) as error:
+    with pytest.raises(BackboneError, match=r"cannot quantise '?" + name.replace("__", ".")) as error:
         load_backbone(folder)
     assert "NaN or infinity" in str(error.value) and "\n" not in str(error.value)
 
@@ -434,7 +471,7 @@ def test_a_checkpoint_with_another_shape(scheme: str, tmp_path: Path) -> None:
 
 def test_an_architecture_without_that_task(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m", "llama")
-    with pytest.raises(BackboneError, match="seq2seq|Seq2Seq"):
+    with pytest.raises(BackboneError, match=r"seq2seq|Seq2Seq"):
         load_backbone(folder, task="seq2seq-lm")
     with pytest.raises(BackboneError, match="LlamaConfig cannot be loaded for seq2seq-lm"):
         skeleton(read_config(folder), "seq2seq-lm")
@@ -448,7 +485,12 @@ def test_what_the_data_needs_to_know(name: str, positions: int | None, tmp_path:
     folder = Path(tiny_folder(tmp_path / "m", name))
     (folder / "model.safetensors").unlink()
     info = read_info(str(folder), task_of(name), 7)
-    assert info.max_positions == positions and info.vocab_size == 99 and info.num_labels == 7 and info.task == task_of(name)
+    assert (
+        info.max_positions == positions
+        and info.vocab_size == 99
+        and info.num_labels == 7
+        and info.task == task_of(name)
+    )
     assert info.tokenizer is None
     byte_tokenizer().save_pretrained(folder)
     assert read_info(str(folder), task_of(name)).tokenizer.vocab_size == 259
@@ -479,7 +521,9 @@ def test_recomputed_layers_give_the_same_gradients(name: str, tmp_path: Path, mo
         bank = AdapterBank(model)
         for index, adapter in enumerate(("a", "b")):
             excite(bank.add(adapter, rank=2 + index, dropout=0.3), seed=index)
-        layer = next(m for path, m in model.named_modules() if path.endswith(("layers.0.self_attn.q_proj", "h.0.attn.c_attn")))
+        layer = next(
+            m for path, m in model.named_modules() if path.endswith(("layers.0.self_attn.q_proj", "h.0.attn.c_attn"))
+        )
         layer.register_forward_pre_hook(lambda *_: recomputed.append(1))
         with bank.route(["a", "b", "b", "a"], training=True):
             loss = logits_of(model, tiny_inputs(name)).square().mean()
@@ -500,7 +544,9 @@ def test_recomputation_is_for_training_only(tmp_path: Path) -> None:
 
 
 def test_a_model_without_recomputation() -> None:
-    with pytest.raises(BackboneError, match="PlainNet does not support gradient checkpointing; set gradient_checkpointing=false"):
+    with pytest.raises(
+        BackboneError, match="PlainNet does not support gradient checkpointing; set gradient_checkpointing=false"
+    ):
         enable_checkpointing(plain_net())
 
 
@@ -514,6 +560,10 @@ def test_the_16_bit_model_is_never_whole_in_memory(sharded: bool) -> None:
     """In a process of its own; benchmarks/load_memory.py exits with 1 when the peak is above the allowed."""
     options = ["--gib", "0.3", *(["--shard", "60MB"] if sharded else [])]
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load_memory", *options], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-m", "benchmarks.load_memory", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

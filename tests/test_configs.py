@@ -41,7 +41,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("adapter", {"lr": INF}, "adapter.lr must be a number >= 0, not inf"),
     ("adapter", {"weight_decay": -1}, "adapter.weight_decay"),
     ("adapter", {"warmup_steps": 1.5}, "adapter.warmup_steps must be an integer >= 0"),
-    ("adapter", {"schedule": "cosin"}, "adapter.schedule must be one of constant, linear, cosine, not 'cosin'; did you mean 'cosine'?"),
+    (
+        "adapter",
+        {"schedule": "cosin"},
+        "adapter.schedule must be one of constant, linear, cosine, not 'cosin'; did you mean 'cosine'?",
+    ),
     ("adapter", {"max_steps": 0}, "adapter.max_steps must be an integer >= 1"),
     ("adapter", {"max_grad_norm": -1.0}, "adapter.max_grad_norm"),
     ("adapter", {"seed": -1}, "adapter.seed"),
@@ -52,9 +56,17 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("adapter", {"target_modules": []}, "are both empty: nothing would be trained"),
     ("backbone", {"name_or_path": ""}, "backbone.name_or_path must be a hub name or a folder, not ''"),
     ("backbone", {"name_or_path": None}, "backbone.name_or_path"),
-    ("backbone", {"scheme": "int4"}, "backbone.scheme must be one of int8, int8-blockwise, fp8, none, not 'int4'; did you mean 'int8'?"),
+    (
+        "backbone",
+        {"scheme": "int4"},
+        "backbone.scheme must be one of int8, int8-blockwise, fp8, none, not 'int4'; did you mean 'int8'?",
+    ),
     ("backbone", {"scheme": "int8_blockwise"}, "did you mean 'int8-blockwise'?"),
-    ("backbone", {"block_size": 100}, "backbone.block_size must be one of (64, 128, 256, 512, 1024, 2048, 4096), not 100"),
+    (
+        "backbone",
+        {"block_size": 100},
+        "backbone.block_size must be one of (64, 128, 256, 512, 1024, 2048, 4096), not 100",
+    ),
     ("backbone", {"task": "causal"}, "backbone.task must be one of causal-lm"),
     ("backbone", {"dtype": "fp16"}, "backbone.dtype must be one of auto, float32, bfloat16, float16"),
     ("backbone", {"num_labels": 0}, "backbone.num_labels"),
@@ -67,12 +79,16 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("data", {"path": "x", "max_length": 1}, "data.max_length must be an integer >= 2"),
     ("data", {"path": "x", "batch_size": 0}, "data.batch_size must be an integer >= 1"),
     ("data", {"path": "x", "limit": 0}, "data.limit must be an integer >= 1"),
-    ("optim", {"name": "adam"}, "optim.name must be one of adamw, adamw8bit, paged_adamw8bit, not 'adam'; did you mean 'adamw'?"),
+    (
+        "optim",
+        {"name": "adam"},
+        "optim.name must be one of adamw, adamw8bit, paged_adamw8bit, not 'adam'; did you mean 'adamw'?",
+    ),
     ("optim", {"betas": [0.9]}, "optim.betas must be two numbers, not [0.9]"),
     ("optim", {"betas": 0.9}, "optim.betas must be two numbers, not 0.9"),
     ("optim", {"betas": [0.9, 1.0]}, "optim.betas must be a number >= 0 and < 1, not 1.0"),
     ("optim", {"eps": -1e-8}, "optim.eps"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "fields", "message"), WRONG)
@@ -86,7 +102,10 @@ def test_a_wrong_value_is_one_line(kind: str, fields: dict[str, Any], message: s
     ("kind", "fields"),
     [
         ("adapter", {}),
-        ("adapter", {"rank": 1, "alpha": 0, "dropout": 0.999, "lr": 0, "seed": 0, "max_steps": 1, "max_grad_norm": None}),
+        (
+            "adapter",
+            {"rank": 1, "alpha": 0, "dropout": 0.999, "lr": 0, "seed": 0, "max_steps": 1, "max_grad_norm": None},
+        ),
         ("adapter", {"target_modules": [], "plain_modules": ["lm_head"]}),
         *(("backbone", {"scheme": scheme, "block_size": size}) for scheme in SCHEMES for size in BLOCK_SIZES),
         ("data", {"path": "x", "val_fraction": 0, "test_fraction": 0.9, "max_length": 2}),
@@ -128,7 +147,9 @@ def test_a_mapping_becomes_a_config() -> None:
     config = AdapterConfig(rank=3)
     assert as_config(AdapterConfig, config) is config
     assert as_config(AdapterConfig, {"rank": 3}) == config
-    with pytest.raises(ConfigError, match=r"adapters\.sql has no field 'rnk'; did you mean 'rank'\? \(fields: rank, alpha"):
+    with pytest.raises(
+        ConfigError, match=r"adapters\.sql has no field 'rnk'; did you mean 'rank'\? \(fields: rank, alpha"
+    ):
         as_config(AdapterConfig, {"rnk": 3}, "adapters.sql")
     with pytest.raises(ConfigError, match="AdapterConfig must be a AdapterConfig or a mapping of its fields, not 3"):
         as_config(AdapterConfig, 3)
@@ -142,7 +163,9 @@ def test_names_that_cannot_be(name: Any) -> None:
         check_adapter_name(name)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("a.b", "'a_b' would work"), ("../x", "'x' would work"), ("my sql", "'my_sql' would work")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("a.b", "'a_b' would work"), ("../x", "'x' would work"), ("my sql", "'my_sql' would work")]
+)
 def test_a_name_that_would_work_is_told(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
         check_adapter_name(name)
@@ -169,6 +192,9 @@ def test_hints() -> None:
 
 
 def test_nothing_but_the_standard_library_is_loaded() -> None:
-    code = "import sys, finetuna_lightning.configs; print([m for m in ('torch', 'transformers', 'lightning') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=__file__.rsplit("/", 2)[0])
+    libraries = ("torch", "transformers", "lightning")
+    code = f"import sys, finetuna_lightning.configs; print([m for m in {libraries} if m in sys.modules])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=__file__.rsplit("/", 2)[0]
+    )
     assert out.stdout.strip() == "[]"

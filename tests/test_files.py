@@ -52,7 +52,9 @@ def test_inside_the_block_the_old_one_still_stands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_after_an_error_in_the_block_the_old_one_stands(tmp_path: Path, error: type[BaseException], there: bool) -> None:
+def test_after_an_error_in_the_block_the_old_one_stands(
+    tmp_path: Path, error: type[BaseException], there: bool
+) -> None:
     if there:
         write(tmp_path / "a", "old")
     before = content(tmp_path)
@@ -62,7 +64,9 @@ def test_after_an_error_in_the_block_the_old_one_stands(tmp_path: Path, error: t
     assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == there
 
 
-def test_after_an_error_in_the_second_rename_the_old_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_an_error_in_the_second_rename_the_old_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where two folders cannot be exchanged in one step."""
     write(tmp_path / "a", "old")
     before, rename = content(tmp_path), os.rename

@@ -114,7 +114,7 @@ def test_configurations_by_name(base: nn.Module) -> None:
     assert state[f"{q}.lora_A"].shape[0] == 2 and f"{q}.lora_bias" in state
     assert state[f"{v}.lora_A"].shape[0] == 3 and f"{v}.lora_bias" not in state
     assert state["deltas.model/embed_tokens.lora_embedding_A"].shape[0] == 5
-    with pytest.raises(TargetError, match="linear_config has no entry for .*v_proj"):
+    with pytest.raises(TargetError, match=r"linear_config has no entry for .*v_proj"):
         new_finetuned(base, adapt_layers=["q_proj", "v_proj"], linear_config={"q_proj": LinearAdapterConfig()})
 
 

@@ -18,7 +18,8 @@ def seeded_dropout(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 class _Delta(nn.Module):
-    """What both kinds share: rank, scaling and the two matrices, kept in float32 and computed in the activations' type."""
+    """What both kinds share: rank, scaling and the two matrices, kept in float32 and computed in the activations'
+    type."""
 
     def __init__(self, rank: int, alpha: float) -> None:
         super().__init__()
@@ -73,7 +74,8 @@ class LoRALinear(_Delta):
 
 
 class LoRAEmbedding(_Delta):
-    """``delta(ids) = alpha / r * A[:, ids]^T B^T`` with A [r, num_embeddings], B [dim, r]; ids [...], result [..., dim].
+    """``delta(ids) = alpha / r * A[:, ids]^T B^T`` with A [r, num_embeddings], B [dim, r]; ids [...], result [...,
+    dim].
 
     A is zero and B normal, so that a new delta changes nothing (DESIGN: as in finetuna and PEFT).
     """

@@ -24,8 +24,8 @@ class QuantizedWeight(nn.Module):
         block_size: elements per scale of ``int8-blockwise``.
         dtype: the type in which the matrix is read out where no activation says otherwise.
 
-    The buffers are not persistent: a checkpoint of adapters never holds the backbone. Casts (``.half()``, ``.to(dtype)``)
-    change ``dtype`` alone; moves between devices move the bytes.
+    The buffers are not persistent: a checkpoint of adapters never holds the backbone. Casts (``.half()``,
+    ``.to(dtype)``) change ``dtype`` alone; moves between devices move the bytes.
     """
 
     codes: Tensor
@@ -72,7 +72,7 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         codes, scale = self.codes, self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         if self.scale.dtype != torch.float32:  # a cast: keep the values, follow to the device alone
             self.scale = scale.to(self.scale.device)
@@ -85,20 +85,21 @@ class QuantizedWeight(nn.Module):
 
 
 class _Unread(torch.Tensor):
-    """What ``layer.weight`` gives: shape, type and device for nothing, the values only to an operation that uses them."""
+    """What ``layer.weight`` gives: shape, type and device for nothing, the values only to an operation that uses
+    them."""
 
     quantized: QuantizedWeight
 
     @staticmethod
     def __new__(cls, quantized: QuantizedWeight) -> _Unread:
-        unread: _Unread = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        unread: _Unread = torch.Tensor._make_wrapper_subclass(
             cls, quantized.shape, dtype=quantized.dtype, device=quantized.codes.device
         )
         unread.quantized = quantized
         return unread
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = torch.utils._pytree.tree_map_only(
             _Unread, lambda unread: unread.quantized.dequantize(), (args, kwargs or {})
         )
@@ -154,7 +155,7 @@ class QuantizedEmbedding(nn.Embedding):
     def __init__(self, quantized: QuantizedWeight, padding_idx: int | None = None) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = quantized.shape
-        self.padding_idx, self.max_norm = padding_idx, None  # type: ignore[assignment]
+        self.padding_idx, self.max_norm = padding_idx, None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.quantized = quantized
 
@@ -192,13 +193,13 @@ def quantizable(module: nn.Module) -> bool:
 
 def _own_forward_is_plain(module: nn.Module, weight: Tensor) -> bool:
     """Whether a linear subclass computes ``x W^T + b`` and nothing else, tried on a small input."""
-    if type(module).forward is nn.Linear.forward or weight.device.type == "meta" or module.weight.device.type == "meta":
+    if type(module).forward is nn.Linear.forward or weight.device.type == "meta":
         return True
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
     with torch.no_grad():
-        return torch.allclose(
-            module.forward(x).float(), nn.functional.linear(x, weight, module.bias).float(), rtol=1e-2, atol=1e-2  # type: ignore[arg-type]
-        )
+        given, wanted = module.forward(x), nn.functional.linear(x, weight, bias)
+    return torch.allclose(given.float(), wanted.float(), rtol=1e-2, atol=1e-2)
 
 
 def quantize_linear_(module: nn.Module, quantized: QuantizedWeight, *, checked: bool = False) -> nn.Module:
@@ -264,10 +265,8 @@ def dequantize_(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         weight = module.quantized.dequantize(dtype)
         del module.quantized
-        if isinstance(module, QuantizedLinear):
-            module.__class__ = nn.Linear
-        else:
-            original = (base for base in type(module).__mro__ if not issubclass(base, QuantizedEmbedding))
-            module.__class__ = next(original)
+        own = (base for base in type(module).__mro__ if not issubclass(base, QuantizedLinear | QuantizedEmbedding))
+        plain: type = nn.Linear if isinstance(module, QuantizedLinear) else next(own)
+        object.__setattr__(module, "__class__", plain)
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     return module

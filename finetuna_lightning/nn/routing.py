@@ -1,7 +1,7 @@
 """Which rows of a batch belong to which adapter, and the layers that act on it.
 
-A layer that some adapter changes is *routed* in place: its class gains a forward that asks the bank, for each segment of
-the batch, for that adapter's delta or private copy. The base computation runs once over all rows."""
+A layer that some adapter changes is *routed* in place: its class gains a forward that asks the bank, for each segment
+of the batch, for that adapter's delta or private copy. The base computation runs once over all rows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from finetuna_lightning.seeds import stream_seed
 class Route:
     """The adapters of a batch, in row order: the first ``rows[0]`` rows belong to ``names[0]``, and so on.
 
-    A row is one leading index of the batch. Layers deeper in see [rows, tokens, features], [rows * tokens, features] or,
-    after beam search expanded it, [rows * beams, ...]: each row then stands for as many consecutive vectors. A name may
-    come more than once.
+    A row is one leading index of the batch. Layers deeper in see [rows, tokens, features], [rows * tokens, features]
+    or, after beam search expanded it, [rows * beams, ...]: each row then stands for as many consecutive vectors. A
+    name may come more than once.
 
     Args:
         names, rows: the segments.
@@ -68,7 +68,8 @@ class Route:
         each, rest = divmod(count, self.total)
         if rest:
             raise RouteError(
-                f"the route has {self.total} rows, but a layer met {count}, which is no multiple: the batch must be the "
+                f"the route has {self.total} rows, but a layer met {count}, which is no multiple: the batch must be "
+                f"the "
                 "leading dimension of what the backbone computes"
             )
         start = 0
@@ -94,7 +95,8 @@ _ACTIVE: ContextVar[tuple[tuple[int, Route | None], ...]] = ContextVar("finetuna
 
 @contextmanager
 def routed(bank: DeltaSource, route: Route | None) -> Iterator[None]:
-    """Within, the layers of ``bank``'s backbone follow ``route``; None is the bare backbone. Kept per thread and task."""
+    """Within, the layers of ``bank``'s backbone follow ``route``; None is the bare backbone. Kept per thread and
+    task."""
     token = _ACTIVE.set((*_ACTIVE.get(), (id(bank), route)))
     try:
         yield
@@ -138,8 +140,10 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 def _plus_delta(delta: Delta, x: Tensor, y: Tensor, route: Route, name: str, path: str) -> Tensor:
     if isinstance(delta, LoRALinear):
         seed = route.seeds.get(name)
-        return y + delta(x, None if seed is None else stream_seed(seed, path)).to(y.dtype)
-    return y + delta(x, y.dtype)
+        added: Tensor = delta(x, None if seed is None else stream_seed(seed, path))
+    else:
+        added = delta(x, y.dtype)
+    return y + added.to(y.dtype)
 
 
 class _Routed(nn.Module):
@@ -156,24 +160,29 @@ class _Routed(nn.Module):
             return y
         if _for_all_rows(x, route):
             x, y = x.expand(route.total, *x.shape[1:]), y.expand(route.total, *y.shape[1:])
-        spans: dict[str, list[Span]] = {}
-        for name, start, stop in route.segments(x.shape[0]):
-            spans.setdefault(name, []).append((start, stop))
-        deltas = {name: bank.delta(name, path) for name in spans}
+        segments = list(route.segments(x.shape[0]))
+        deltas = {name: bank.delta(name, path) for name, _, _ in segments}
         if all(delta is None for delta in deltas.values()):
             return y
-        parts = []  # an adapter's rows stand together, wherever they lie, so that its dropout masks are those of it alone
-        for name, own in spans.items():
-            delta, base = deltas[name], _take(y, own)
-            parts.append(base if delta is None else _plus_delta(delta, _take(x, own), base, route, name, path))
-        return _put_back(parts, list(spans.values()))
+        sizes = [stop - start for _, start, stop in segments]
+        # split, whose backward is one concatenation; a slice's is a full pass for each segment
+        xs, out = x.split(sizes), list(y.split(sizes))
+        for name, delta in deltas.items():
+            if delta is None:
+                continue
+            # an adapter's rows stand together, wherever they lie, so that its dropout masks are those of it alone
+            own = [index for index, (other, _, _) in enumerate(segments) if other == name]
+            part = _plus_delta(delta, _joined(xs, own), _joined(out, own), route, name, path)
+            for index, piece in zip(own, part.split([sizes[index] for index in own]), strict=True):
+                out[index] = piece
+        return _joined(out, range(len(out)))
 
 
 class RoutedLinear(_Routed):
     """A linear layer to whose output the route's adapters add their deltas."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._add_deltas(input, super().forward(input))  # type: ignore[misc]
+        return self._add_deltas(input, super().forward(input))
 
 
 class RoutedEmbedding(_Routed, nn.Embedding):
@@ -191,7 +200,7 @@ class RoutedPlain(_Routed):
         bank, path = self._finetuna_bank, self._finetuna_path
         route = active_route(bank, first.shape[0])
         if route is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         arguments, count = (args, kwargs), first.shape[0]
         if _for_all_rows(first, route):
             arguments, count = _each_row(arguments, lambda t: t.expand(route.total, *t.shape[1:]), 1), route.total
@@ -206,7 +215,7 @@ class RoutedPlain(_Routed):
             if copy is None:
                 part = Route(tuple(n for n, *_ in segments), tuple(b - a for _, a, b in segments), route.seeds)
                 with routed(bank, part):  # the modules inside see these rows alone
-                    outputs.append(super().forward(*cut_args, **cut_kwargs))  # type: ignore[misc]
+                    outputs.append(super().forward(*cut_args, **cut_kwargs))
             else:
                 outputs.append(_call_copy(copy, _activations_type(self, first), first.device, cut_args, cut_kwargs))
             places.append(spans)
@@ -224,6 +233,11 @@ def _for_all_rows(x: Tensor, route: Route) -> bool:
 def _each_row(arguments: Any, change: Callable[[Tensor], Tensor], count: int) -> Any:
     """The arguments with ``change`` applied to every tensor of ``count`` leading entries."""
     return tree_map_only(Tensor, lambda t: change(t) if t.dim() and t.shape[0] == count else t, arguments)
+
+
+def _joined(pieces: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+    """The chosen pieces, one after another."""
+    return pieces[chosen[0]] if len(chosen) == 1 else torch.cat([pieces[index] for index in chosen])
 
 
 def _take(tensor: Tensor, spans: Sequence[Span]) -> Tensor:

@@ -1,8 +1,8 @@
 """Operators as layers call them: differentiable, and dispatched to the implementation that fits the device.
 
 What is saved for the backward pass is the codes and scales, which are the backbone's own storage, never a dequantised
-weight. ``compute="16bit"`` multiplies in the activations' type; ``compute="fp8"`` multiplies e4m3 codes in float8, where
-the device can (CUDA, compute capability 8.9 and newer) and both sides of the matrix are multiples of 16."""
+weight. ``compute="16bit"`` multiplies in the activations' type; ``compute="fp8"`` multiplies e4m3 codes in float8,
+where the device can (CUDA, compute capability 8.9 and newer) and both sides of the matrix are multiples of 16."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def quantized_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if compute == "fp8" and scheme == "fp8" and x.is_cuda:
         if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
-            return _Fp8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return]
+            return _Fp8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
         _say_not_fp8(tuple(codes.shape))
-    return _QuantizedLinear.apply(x, codes, scale, bias, scheme, block_size)  # type: ignore[no-any-return]
+    return _QuantizedLinear.apply(x, codes, scale, bias, scheme, block_size)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache

@@ -3,7 +3,8 @@
 An 8-bit matrix ``W`` [out, in] is stored as ``codes`` [out, in] (one byte each) and ``scale`` (float32), in a *scheme*:
 
 ``int8``            symmetric, one scale per row:  ``W = codes * scale[:, None]``, ``scale = max|W| / 127``
-``int8-blockwise``  bitsandbytes' dynamic tree (arXiv 2110.02861), one absolute maximum per block of the flattened matrix:
+``int8-blockwise``  bitsandbytes' dynamic tree (arXiv 2110.02861), one absolute maximum per block of the flattened
+matrix:
                     ``W.view(-1)[i] = tree[codes.view(-1)[i]] * scale[i // block_size]``
 ``fp8``             float8 e4m3, one scale per row: ``W = e4m3(codes) * scale[:, None]``, ``scale = max|W| / 448``
 
@@ -19,7 +20,9 @@ from torch import Tensor
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0
-CHUNK_ELEMENTS = 1 << 18  # of a matrix in float32 at a time while quantising: temporaries of 1 MiB, which stay in the cache
+CHUNK_ELEMENTS = (
+    1 << 18
+)  # of a matrix in float32 at a time while quantising: temporaries of 1 MiB, which stay in the cache
 FINGERPRINT_BYTES = 1 << 24  # read at a time, a multiple of 8
 
 
@@ -135,9 +138,7 @@ def dequantize_rows(
     return (rows * scale[ids].unsqueeze(-1)).to(dtype)
 
 
-def linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str, block_size: int
-) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str, block_size: int) -> Tensor:
     """``x W^T + bias``: x [..., in], result [..., out], computed in x's type."""
     weight = dequantize(codes, scale, scheme, block_size, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 
-class Perplexity(Metric):
-    """``exp`` of the mean negative log-likelihood per token, from sums that the loss has already computed.
+class MeanLoss(Metric):
+    """The mean loss per target, from sums that the loss has already computed. A NaN shows as NaN.
 
-    torchmetrics' own takes [batch, tokens, vocabulary] logits and normalises them once more.
+    torchmetrics' ``MeanMetric`` looks for NaN on the host at every update, or, told not to, ignores the weights.
     """
 
     full_state_update = False
     higher_is_better = False
     is_differentiable = False
-    nll: Tensor
-    tokens: Tensor
+    total: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, nll: Tensor, tokens: Tensor) -> None:
-        """Add a summed negative log-likelihood over ``tokens`` tokens."""
-        self.nll += nll.detach().double()
-        self.tokens += tokens.double()
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Add a loss summed over ``count`` targets."""
+        self.total += total.detach().double()
+        self.count += count.double()
 
     def compute(self) -> Tensor:
-        return torch.exp(self.nll / self.tokens).float()
+        return (self.total / self.count).float()
+
+
+class Perplexity(MeanLoss):
+    """``exp`` of the mean negative log-likelihood per token.
+
+    torchmetrics' own takes [batch, tokens, vocabulary] logits and normalises them once more.
+    """
+
+    def compute(self) -> Tensor:
+        return torch.exp(self.total / self.count).float()
 
 
 class AdapterMetrics(nn.Module):
@@ -39,7 +49,7 @@ class AdapterMetrics(nn.Module):
 
     def __init__(self, task: str, num_labels: int) -> None:
         super().__init__()
-        self.loss = MeanMetric(nan_strategy="disable")  # a NaN shows as NaN, and no value is fetched from the device
+        self.loss = MeanLoss()
         extra: dict[str, Metric] = {}
         if task in ("causal-lm", "seq2seq-lm"):
             extra = {"perplexity": Perplexity()}
@@ -52,7 +62,7 @@ class AdapterMetrics(nn.Module):
 
     def update(self, total: Tensor, count: Tensor, logits: Tensor | None = None, labels: Tensor | None = None) -> None:
         """Add a loss summed over ``count`` targets; for classifiers also logits [rows, labels] and labels [rows]."""
-        self.loss.update(total.detach().float() / count, weight=count)
+        self.loss.update(total, count)
         for metric in self.extra.values():
             if isinstance(metric, Perplexity):
                 metric.update(total, count)

@@ -39,6 +39,11 @@ from finetuna_lightning.training.tokenizing import IGNORED, pad_token_id
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 _STATE_PREFIX = "adapters."
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # the frozen backbone
+    r".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
+    "Total length of `list` across ranks is zero",  # nothing is held out
+)
 
 
 class MultiAdapterModule(LightningModule):
@@ -46,8 +51,8 @@ class MultiAdapterModule(LightningModule):
 
     Args:
         backbone: what to load, or a plain module, which ``EightBitPrecision`` quantises.
-        adapters: by name. An adapter's gradients, steps and random streams depend on its own configuration, data and name
-            alone.
+        adapters: by name. An adapter's gradients, steps and random streams depend on its own configuration, data and
+            name alone.
         optim: the optimizer that they share.
         seed: of the run; adapters without a seed of their own derive theirs from it and their name.
         loss: for a plain module: ``loss(output, batch) -> scalar`` for one adapter's rows.
@@ -66,7 +71,9 @@ class MultiAdapterModule(LightningModule):
         super().__init__()
         given = backbone if isinstance(backbone, nn.Module) else as_config(BackboneConfig, backbone, "backbone")
         self.backbone_config = None if isinstance(given, nn.Module) else given
-        self.adapter_configs = {name: as_config(AdapterConfig, config, f"adapter {name!r}") for name, config in adapters.items()}
+        self.adapter_configs = {
+            name: as_config(AdapterConfig, config, f"adapter {name!r}") for name, config in adapters.items()
+        }
         self.optim_config = as_config(OptimConfig, optim or OptimConfig(), "optim")
         self.seed, self.custom_loss = seed, loss
         if not adapters:
@@ -108,7 +115,8 @@ class MultiAdapterModule(LightningModule):
 
     @property
     def backbone_is_prepared(self) -> bool:
-        """Whether the backbone came through a ``BackboneConfig``, quantised as it says, or holds 8-bit layers already."""
+        """Whether the backbone came through a ``BackboneConfig``, quantised as it says, or holds 8-bit layers
+        already."""
         return self.backbone is not None and (self.backbone_config is not None or bool(quantized_layers(self.backbone)))
 
     @property
@@ -135,7 +143,11 @@ class MultiAdapterModule(LightningModule):
             if config is None:
                 inner = getattr(self._plain_backbone[0], "config", None)
                 self._info = BackboneInfo(
-                    None, self.task, getattr(inner, "max_position_embeddings", None), getattr(inner, "vocab_size", None), 0
+                    None,
+                    self.task,
+                    getattr(inner, "max_position_embeddings", None),
+                    getattr(inner, "vocab_size", None),
+                    0,
                 )
             else:
                 self._info = read_info(
@@ -147,8 +159,8 @@ class MultiAdapterModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what would couple the adapters."""
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen backbone: intended
-        warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")  # lightning 2.6 with torch 2.13
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         refuse_joint_clipping(self.trainer.gradient_clip_val)
 
     def configure_model(self) -> None:
@@ -214,7 +226,9 @@ class MultiAdapterModule(LightningModule):
             try:
                 plain = resolve_plain(model, adapter.plain_modules)
                 heads = _classification_heads(model) if config.task == "sequence-classification" else []
-                targets = resolve_targets(model, adapter.target_modules, [*plain, *heads]) if adapter.target_modules else {}
+                targets = (
+                    resolve_targets(model, adapter.target_modules, [*plain, *heads]) if adapter.target_modules else {}
+                )
                 check_fit(adapter.rank, targets, plain)
             except (ConfigError, TargetError) as error:
                 raise type(error)(f"adapter {name!r}: {error}") from error
@@ -265,7 +279,8 @@ class MultiAdapterModule(LightningModule):
             return self.backbone(**inputs)
 
     def losses(self, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
-        """For each adapter of the batch: name, summed loss, number of targets, rows. Each is normalised by its own count."""
+        """For each adapter of the batch: name, summed loss, number of targets, rows. Each is normalised by its own
+        count."""
         sizes = list(batch["rows"])
         stops = list(itertools.accumulate(sizes))
         cuts = [slice(stop - rows, stop) for stop, rows in zip(stops, sizes, strict=True)]
@@ -409,7 +424,9 @@ class MultiAdapterModule(LightningModule):
         state = {key.removeprefix(_STATE_PREFIX): value for key, value in state_dict.items()}
         theirs, mine = sorted({key.split(".")[0] for key in state}), sorted(self.adapters)
         if theirs != mine:
-            raise CheckpointError(f"the checkpoint holds adapters {', '.join(theirs)}; this module has {', '.join(mine)}")
+            raise CheckpointError(
+                f"the checkpoint holds adapters {', '.join(theirs)}; this module has {', '.join(mine)}"
+            )
         try:
             return self.adapters.load_state_dict(state, strict=strict, assign=assign)
         except RuntimeError as error:
@@ -419,7 +436,9 @@ class MultiAdapterModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the backbone's identity and the adapters' positions in their dropout streams."""
         checkpoint["finetuna"] = {
-            "backbone": {key: self.adapters.origin.get(key) for key in ("backbone", "revision", "scheme", "fingerprint")},
+            "backbone": {
+                key: self.adapters.origin.get(key) for key in ("backbone", "revision", "scheme", "fingerprint")
+            },
             "calls": {adapter.name: adapter.calls for adapter in self.adapters.adapters()},
             "retired": sorted(self.retired),
         }
@@ -428,7 +447,9 @@ class MultiAdapterModule(LightningModule):
         """Raise CheckpointError for a checkpoint of another backbone; else take the stream positions."""
         saved = checkpoint.get("finetuna")
         if saved is None:
-            raise CheckpointError("this is no checkpoint of a MultiAdapterModule: it does not say which backbone it is of")
+            raise CheckpointError(
+                "this is no checkpoint of a MultiAdapterModule: it does not say which backbone it is of"
+            )
         theirs, mine = saved["backbone"], self.adapters.origin
         if theirs["fingerprint"] != mine["fingerprint"]:
             raise CheckpointError(
@@ -450,7 +471,11 @@ class MultiAdapterModule(LightningModule):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[str], adapters: Sequence[str] | str | None = None, max_new_tokens: int = 64, **options: Any
+        self,
+        prompts: Sequence[str],
+        adapters: Sequence[str] | str | None = None,
+        max_new_tokens: int = 64,
+        **options: Any,
     ) -> list[str]:
         """Continue every prompt with its own adapter, all in one batch.
 
@@ -466,13 +491,17 @@ class MultiAdapterModule(LightningModule):
         bank, tokenizer = self.adapters, self.tokenizer
         assert self.backbone is not None
         if tokenizer is None:
-            raise ConfigError("this backbone has no tokenizer: call module.backbone.generate within module.adapters.route(...)")
+            raise ConfigError(
+                "this backbone has no tokenizer: call module.backbone.generate within module.adapters.route(...)"
+            )
         names = [adapters] * len(prompts) if isinstance(adapters, str) else adapters
         if names is not None and len(names) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts need as many adapters, not {len(names)}")
         for name in names or ():
             if name not in bank:
-                raise ConfigError(f"there is no adapter {name!r}{did_you_mean(name, bank)} (there are: {', '.join(bank)})")
+                raise ConfigError(
+                    f"there is no adapter {name!r}{did_you_mean(name, bank)} (there are: {', '.join(bank)})"
+                )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         device = next(self.backbone.parameters()).device

@@ -1,4 +1,5 @@
-"""One optimizer for all adapters, with a parameter group for each: its own learning rate, decay, schedule and clipping."""
+"""One optimizer for all adapters, with a parameter group for each: its own learning rate, decay, schedule and
+clipping."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from finetuna_lightning.configs import AdapterConfig, OptimConfig
 def schedule_factor(kind: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """The learning rate's factor after ``step`` optimizer steps.
 
-    Linear from 0 to 1 over ``warmup_steps`` (the first step already moves), then ``constant``, or ``linear`` or ``cosine``
-    decay to 0 at ``total_steps``.
+    Linear from 0 to 1 over ``warmup_steps`` (the first step already moves), then ``constant``, or ``linear`` or
+    ``cosine`` decay to 0 at ``total_steps``.
     """
 
     def factor(step: int) -> float:
@@ -34,8 +35,8 @@ def schedule_factor(kind: str, warmup_steps: int, total_steps: int) -> Callable[
 def build_optimizer(
     parameters: Mapping[str, Iterable[nn.Parameter]], adapters: Mapping[str, AdapterConfig], optim: OptimConfig
 ) -> Optimizer:
-    """AdamW over all adapters, one group a name; ``group["name"]`` and ``group["max_grad_norm"]`` say whose it is and how
-    it is clipped."""
+    """AdamW over all adapters, one group a name; ``group["name"]`` and ``group["max_grad_norm"]`` say whose it is and
+    how it is clipped."""
     groups = [
         {
             "params": [p for p in parameters[name] if p.requires_grad],
@@ -49,9 +50,9 @@ def build_optimizer(
     betas = (optim.betas[0], optim.betas[1])
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=optim.eps)
-    import bitsandbytes  # slow to import, and only these two need it
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit  # slow to import, and only these two need it
 
-    kind = bitsandbytes.optim.AdamW8bit if optim.name == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+    kind = AdamW8bit if optim.name == "adamw8bit" else PagedAdamW8bit
     optimizer: Optimizer = kind(groups, betas=betas, eps=optim.eps)
     return optimizer
 

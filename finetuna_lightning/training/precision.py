@@ -34,14 +34,14 @@ def has_fp8(device: torch.device) -> bool:
 class EightBitPrecision(Precision):
     """Quantises the backbone and leaves the adapters alone.
 
-    Lightning's ``BitsandbytesPrecision`` would quantise LoRA's own linear layers, and refuses the CPU; this one converts
-    ``module.backbone`` only, in place, and does nothing to what is quantised already.
+    Lightning's ``BitsandbytesPrecision`` would quantise LoRA's own linear layers, and refuses the CPU; this one
+    converts ``module.backbone`` only, in place, and does nothing to what is quantised already.
 
     Args:
         scheme, block_size, skip_modules: for a backbone that came as a plain module. A ``BackboneConfig`` has its own.
         dtype: of activations and of what is not quantised: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        compute: ``16bit`` computes in ``dtype`` from 8-bit storage; ``fp8`` multiplies in float8, where the device can and
-            the scheme is ``fp8``; ``auto`` is ``16bit``.
+        compute: ``16bit`` computes in ``dtype`` from 8-bit storage; ``fp8`` multiplies in float8, where the device
+            can and the scheme is ``fp8``; ``auto`` is ``16bit``.
     """
 
     precision: Any = "8-bit"
@@ -49,7 +49,11 @@ class EightBitPrecision(Precision):
     def __init__(self, scheme: str = "int8", block_size: int = 64, dtype: str = "auto", compute: str = "auto",
                  skip_modules: list[str] | None = None) -> None:  # fmt: skip
         super().__init__()
-        for what, value, options in (("scheme", scheme, SCHEMES), ("dtype", dtype, DTYPES), ("compute", compute, COMPUTE)):
+        for what, value, options in (
+            ("scheme", scheme, SCHEMES),
+            ("dtype", dtype, DTYPES),
+            ("compute", compute, COMPUTE),
+        ):
             if value not in options:
                 raise ConfigError(one_of(f"EightBitPrecision.{what}", value, options))
         if block_size not in BLOCK_SIZES:
@@ -79,7 +83,8 @@ class EightBitPrecision(Precision):
         backbone = getattr(module, "backbone", None)
         if not isinstance(backbone, nn.Module):
             raise ConfigError(
-                f"EightBitPrecision quantises module.backbone, but {type(module).__name__} has none: name it so, or use "
+                f"EightBitPrecision quantises module.backbone, but {type(module).__name__} has none: name it so, or "
+                f"use "
                 "MultiAdapterModule"
             )
         if not getattr(module, "backbone_is_prepared", False):
@@ -99,6 +104,7 @@ def refuse_joint_clipping(value: float | None) -> None:
     """Raise ConfigError for a ``gradient_clip_val``: it clips the joint norm, which couples the adapters."""
     if value:
         raise ConfigError(
-            f"Trainer(gradient_clip_val={value}) clips the norm over all adapters together, so that each would depend on its "
+            f"Trainer(gradient_clip_val={value}) clips the norm over all adapters together, so that each would "
+            f"depend on its "
             f"company: leave it out and set max_grad_norm={value} in AdapterConfig"
         )

@@ -1,4 +1,4 @@
-"""Tiny models with random weights: one of each architecture that the package says it runs, and one that is no transformer."""
+"""Tiny models with random weights: one of each architecture that the package runs, and one that is no transformer."""
 
 from __future__ import annotations
 

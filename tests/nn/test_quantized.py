@@ -93,7 +93,10 @@ def tied() -> Any:
     return model
 
 
-@pytest.mark.parametrize("change", [lambda m: m, lambda m: m.to(torch.bfloat16), lambda m: m.half().float(), copy.deepcopy, lambda m: m.to("meta")])
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m, lambda m: m.to(torch.bfloat16), lambda m: m.half().float(), copy.deepcopy, lambda m: m.to("meta")],
+)
 def test_tied_layers_share_one_storage(change: Callable[[Any], Any]) -> None:
     model = change(tied())
     assert model.embed.quantized is model.head.quantized
@@ -124,7 +127,12 @@ def test_nothing_of_the_backbone_is_in_a_state_dict() -> None:
 
 def test_an_empty_weight_has_a_shape_and_no_bytes() -> None:
     weight = QuantizedWeight.empty((50, 24), "int8-blockwise", 64, torch.bfloat16)
-    assert weight.shape == (50, 24) and weight.codes.is_meta and weight.scale.shape == (19,) and weight.dtype == torch.bfloat16
+    assert (
+        weight.shape == (50, 24)
+        and weight.codes.is_meta
+        and weight.scale.shape == (19,)
+        and weight.dtype == torch.bfloat16
+    )
 
 
 # ---- the fingerprint of a matrix ------------------------------------------------------------------------------------
@@ -156,7 +164,12 @@ def test_the_weight_is_read_out_only_when_used(kind: Callable[..., nn.Module], m
     monkeypatch.setattr(QuantizedWeight, "dequantize", lambda self, *a: calls.append(1) or inner(self, *a))
     weight = layer.weight
     assert weight.shape == ((37, 53) if kind is nn.Linear else (53, 37))
-    assert weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.dim() == 2 and weight.numel() == 37 * 53
+    assert (
+        weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.dim() == 2
+        and weight.numel() == 37 * 53
+    )
     assert not weight.requires_grad and "8-bit" in repr(weight) and isinstance(weight, Tensor)
     layer(torch.randn(1, 53) if kind is nn.Linear else torch.tensor([0]))
     assert not calls
@@ -288,7 +301,9 @@ def test_reset_parameters_does_nothing() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 50), plain_embedding, scaled_gemma, scaled_bart, offset_opt, lambda: Conv1D(50, 24)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(24, 50), plain_embedding, scaled_gemma, scaled_bart, offset_opt, lambda: Conv1D(50, 24)]
+)
 def test_dequantize_is_the_way_back(make: Callable[[], nn.Module], scheme: str) -> None:
     layer: Any = make()
     original = nn.Linear if is_conv1d(layer) else type(layer)
@@ -301,7 +316,9 @@ def test_dequantize_is_the_way_back(make: Callable[[], nn.Module], scheme: str) 
         inputs = (*inputs, 0)
     before = layer(*inputs)
     assert dequantize_(layer) is layer and type(layer) is original
-    assert torch.equal(layer.weight, values) and isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
+    assert (
+        torch.equal(layer.weight, values) and isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
+    )
     assert "quantized" not in layer._modules and torch.allclose(layer(*inputs), before, atol=1e-5)
 
 

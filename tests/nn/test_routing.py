@@ -85,7 +85,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def bank_of(*names: str, scheme: str | None = "int8", settings: dict[str, dict[str, Any]] = SETTINGS) -> tuple[Net, AdapterBank]:
+def bank_of(
+    *names: str, scheme: str | None = "int8", settings: dict[str, dict[str, Any]] = SETTINGS
+) -> tuple[Net, AdapterBank]:
     model = net(scheme)
     bank = AdapterBank(model)
     for name in names or settings:
@@ -215,7 +217,11 @@ def test_a_module_plain_for_one_and_adapted_by_another() -> None:
 
 def test_a_plain_module_met_with_one_row_for_the_whole_batch() -> None:
     """As GPT-2's position ids, [1, tokens]."""
-    settings = {"place": dict(targets=[], plain=["position"]), "lora": dict(rank=2, targets=["position"]), "other": dict(rank=2, targets=["up"])}
+    settings = {
+        "place": dict(targets=[], plain=["position"]),
+        "lora": dict(rank=2, targets=["position"]),
+        "other": dict(rank=2, targets=["up"]),
+    }
     model, bank = bank_of("place", "lora", "other", settings=settings)
     order = ["place", "other", "lora", "place", "lora", "other"]
     with bank.route(order):
@@ -245,7 +251,9 @@ def test_arguments_by_keyword_follow_their_rows() -> None:
         bare = model(x)
     with bank.route(["a"] * 4):
         alone = model(x)
-    assert torch.allclose(joint[[1, 2]], alone[[1, 2]], atol=1e-6) and torch.allclose(joint[[0, 3]], bare[[0, 3]], atol=1e-6)
+    assert torch.allclose(joint[[1, 2]], alone[[1, 2]], atol=1e-6) and torch.allclose(
+        joint[[0, 3]], bare[[0, 3]], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int8", None])
@@ -256,14 +264,14 @@ def test_a_private_copy_is_called_in_the_activations_type(plain: str, scheme: st
     bank = AdapterBank(model)
     excite(bank.add("a", targets=[], plain=[plain]))
     bank.add("b", rank=2, targets=["up"])
+    types: list[torch.dtype] = []
+    for module in (model.embed, model.one, model.head):
+        module.register_forward_hook(lambda module, inputs, out: types.append(out.dtype))
     for order in (["a"] * 6, ["a", "b", "a", "b", "b", "b"]):
-        types: list[torch.dtype] = []
-        hooks = [m.register_forward_hook(lambda m, i, out: types.append(out.dtype)) for m in (model.embed, model.one, model.head)]
+        types.clear()
         with bank.route(order):
             y = model(IDS)
         assert types == [torch.bfloat16] * 3
-        for hook in hooks:
-            hook.remove()
     y.sum().backward()
     grads = gradients(bank["a"])
     assert grads and all(grad.dtype == torch.float32 for grad in grads.values())
@@ -280,7 +288,9 @@ def test_routes_of_rows() -> None:
     assert list(Route(("a", "b", "c"), (1, 0, 2)).segments(3)) == [("a", 0, 1), ("c", 1, 3)]
 
 
-@pytest.mark.parametrize(("names", "rows"), [((), ()), (("a",), (0,)), (("a",), (-1,)), (("a", "b"), (1,)), (("a",), (1, 2))])
+@pytest.mark.parametrize(
+    ("names", "rows"), [((), ()), (("a",), (0,)), (("a",), (-1,)), (("a", "b"), (1,)), (("a",), (1, 2))]
+)
 def test_a_route_of_nothing_is_refused(names: tuple[str, ...], rows: tuple[int, ...]) -> None:
     with pytest.raises(RouteError, match="one positive row count per adapter"):
         Route(names, rows)
@@ -473,8 +483,6 @@ def test_layers_that_no_adapter_changes_stay_as_they_are() -> None:
     model, _ = bank_of("low")
     assert is_routed(model.one.up) and is_routed(model.embed)
     assert not any(map(is_routed, (model, model.one, model.one.down, model.head, model.pair.inner, model.position)))
-
-
 
 
 def test_active_route() -> None:

@@ -1,4 +1,4 @@
-"""The differentiable operator: its forward and every gradient against torch in float64, and what it keeps for backward."""
+"""The differentiable operator: its forward and every gradient against torch in float64, and what it saves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import library, reference
 from finetuna_lightning.ops.library import quantized_linear
 
 SCHEMES = ("int8", "int8-blockwise", "fp8")
@@ -129,6 +129,19 @@ def test_autocast_computes_in_its_own_type(scheme: str) -> None:
         assert quantized_linear(x, codes, scale, bias, **options).dtype == torch.float32
 
 
+def test_autocast_reads_the_weight_out_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in the 32 bits of what comes in, to be cast down by the product."""
+    codes, scale, options = stored(6, 9, "int8")
+    types: list[torch.dtype] = []
+    inner = reference.dequantize
+    monkeypatch.setattr(reference, "dequantize", lambda *args: types.append(args[-1]) or inner(*args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantized_linear(
+            random(3, 9, dtype=torch.float32).requires_grad_(), codes, scale, None, **options
+        ).sum().backward()
+    assert types == [torch.bfloat16, torch.bfloat16]
+
+
 def test_a_bias_in_another_type_gets_its_gradient_in_its_own() -> None:
     codes, scale, options = stored(6, 9, "int8")
     bias = random(6, dtype=torch.float32).requires_grad_()
@@ -143,3 +156,20 @@ def test_fp8_compute_without_its_device_is_16_bit_compute() -> None:
     x = random(4, 32, dtype=torch.float32)
     plain = quantized_linear(x, codes, scale, None, **options)
     assert torch.equal(quantized_linear(x, codes, scale, None, compute="fp8", **options), plain)
+
+
+def test_rows_in_e4m3() -> None:
+    """What float8 units multiply: one scale a row, the largest of a row at the end of the range, rows of zeros zero."""
+    x = random(5, 64, dtype=torch.float32) * torch.tensor([1e-6, 1.0, 1e3, 1e6, 0.0])[:, None]
+    codes, scale = library._e4m3_rows(x)
+    assert codes.dtype == torch.float8_e4m3fn and codes.shape == x.shape and scale.shape == (5, 1)
+    assert scale.dtype == torch.float32
+    error = (codes.float() * scale - x).abs()
+    assert bool((error <= torch.maximum(x.abs() / 15, scale * 2**-9)).all())
+    assert bool((codes.float()[:4].abs().amax(1) == 448).all()) and not bool(codes[4].float().any())
+
+
+def test_a_shape_that_float8_does_not_take_is_told_once() -> None:
+    with pytest.warns(UserWarning, match="a 7x13 layer is computed in 16 bits: float8 needs multiples of 16"):
+        library._say_not_fp8((7, 13))
+    library._say_not_fp8((7, 13))

@@ -63,7 +63,9 @@ def test_one_byte_an_element_and_float32_scales(shape: tuple[int, int], scheme: 
     assert scale.shape == ((blocks,) if scheme == "int8-blockwise" else (shape[0],)) and scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("scheme", "low", "high"), [("int8", 0.003, 0.012), ("int8-blockwise", 0.003, 0.012), ("fp8", 0.015, 0.04)])
+@pytest.mark.parametrize(
+    ("scheme", "low", "high"), [("int8", 0.003, 0.012), ("int8-blockwise", 0.003, 0.012), ("fp8", 0.015, 0.04)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_relative_error_on_gaussian_weights(scheme: str, low: float, high: float, dtype: torch.dtype) -> None:
     weight = gaussian(64, 512, dtype=dtype)
@@ -154,7 +156,9 @@ def test_pieces_give_what_the_whole_gives(scheme: str, shape: tuple[int, int], m
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_transposed_view_quantises_as_its_copy(scheme: str) -> None:
     weight = gaussian(53, 37).t()
-    for view, copy in zip(reference.quantize(weight, scheme), reference.quantize(weight.contiguous(), scheme), strict=True):
+    for view, copy in zip(
+        reference.quantize(weight, scheme), reference.quantize(weight.contiguous(), scheme), strict=True
+    ):
         assert torch.equal(view, copy)
 
 
