@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from finetuna_lightning import train
@@ -21,6 +24,9 @@ from tests.helpers.runs import language_model, text_file
 
 LOGGERS = ("", "lightning", "lightning.pytorch", "lightning.fabric")
 Main = Callable[..., int]
+
+# Hydra lets go of each job's log file without closing it.
+pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*train\.log:ResourceWarning")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +60,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     yield run
     HydraConfig.instance().cfg = None
     for name, (handlers, level) in before.items():
-        for handler in logging.getLogger(name).handlers:
-            if handler not in handlers:
-                handler.close()  # Hydra's, of the log file
         logging.getLogger(name).handlers[:] = handlers
         logging.getLogger(name).setLevel(level)
+    gc.collect()  # the log files, while their warning is still expected
 
 
 @pytest.fixture
@@ -160,13 +164,21 @@ def test_a_user_s_own_experiment_file(main: Main, files: list[str]) -> None:
 def results(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the launcher hands the sweeper."""
     returned: list[Any] = []
+    instantiate = Plugins.instantiate_launcher
 
-    def launch(self: BasicLauncher, *args: Any, inner: Any = BasicLauncher.launch, **kwargs: Any) -> Any:
-        jobs = inner(self, *args, **kwargs)
-        returned.extend(job.return_value for job in jobs)
-        return jobs
+    def listening(self: Plugins, *args: Any, **kwargs: Any) -> Launcher:
+        launcher = instantiate(self, *args, **kwargs)
+        launch = launcher.launch
 
-    monkeypatch.setattr(BasicLauncher, "launch", launch)
+        def launched(*args: Any, **kwargs: Any) -> Sequence[JobReturn]:
+            jobs = launch(*args, **kwargs)
+            returned.extend(job.return_value for job in jobs)
+            return jobs
+
+        monkeypatch.setattr(launcher, "launch", launched)
+        return launcher
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", listening)
     return returned
 
 

@@ -43,6 +43,7 @@ _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen backbone
     r".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
     "Total length of `list` across ranks is zero",  # nothing is held out
+    "Precision 8-bit is not supported by the model summary",
 )
 
 
