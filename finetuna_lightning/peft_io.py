@@ -105,8 +105,20 @@ def save_folder(path: str | Path, folder: AdapterFolder) -> Path:
     metadata = {"format": "pt"} | ({"backbone_fingerprint": folder.fingerprint} if folder.fingerprint else {})
     with replacing_folder(path) as beside:
         save_file(tensors, beside / WEIGHTS_NAME, metadata=metadata)
+        _sort_metadata(beside / WEIGHTS_NAME)
         (beside / CONFIG_NAME).write_text(json.dumps(_config(folder), indent=2) + "\n")
     return Path(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes the metadata in an order of the moment; the same adapter is to be the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_folder(path: str | Path) -> AdapterFolder:

@@ -297,6 +297,29 @@ def test_reset_parameters_does_nothing() -> None:
         assert layer.quantized.fingerprint() == mark  # type: ignore[union-attr, operator]
 
 
+def test_layers_made_directly() -> None:
+    weight = QuantizedWeight.from_weight(torch.randn(6, 4), "int8")
+    bias, x = torch.randn(6), torch.randn(3, 4)
+    linear = QuantizedLinear(weight, bias)
+    assert torch.allclose(linear(x), F.linear(x, weight.dequantize(), bias), atol=1e-6) and not linear.conv1d
+    assert QuantizedLinear(weight, conv1d=True).conv1d and QuantizedLinear(weight).bias is None
+    assert str(linear).startswith("QuantizedLinear(\n  in_features=4, out_features=6, bias=True")
+    embedding = QuantizedEmbedding(weight, padding_idx=1)
+    assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (6, 4, 1)
+    assert torch.equal(embedding(torch.tensor([5, 0])), weight.dequantize()[[5, 0]])
+    assert str(embedding).startswith("QuantizedEmbedding(\n  6, 4, padding_idx=1") and "6x4, int8" in str(embedding)
+    assert linear.quantized is embedding.quantized and linear.quantized.half() is weight
+
+
+def test_layers_without_storage_can_be_filled_later() -> None:
+    """On the meta device no forward can be tried, and none is."""
+    with torch.device("meta"):
+        layers = [nn.Linear(4, 6), FalconLinear(4, 6), Scaled(4, 6)]
+    for layer in layers:
+        weight = QuantizedWeight.from_weight(torch.randn(6, 4), "int8")
+        assert type(quantize_linear_(layer, weight)) is QuantizedLinear
+
+
 # ---- and back -------------------------------------------------------------------------------------------------------
 
 

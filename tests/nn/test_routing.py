@@ -12,11 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from finetuna_lightning.adapters import AdapterBank
 from finetuna_lightning.errors import RouteError
+from finetuna_lightning.nn import routing
 from finetuna_lightning.nn.quantized import QuantizedLinear, quantize_
 from finetuna_lightning.nn.routing import (
     BARE,
     Route,
     RoutedLinear,
+    RoutedPlain,
     active_route,
     checkpoint_contexts,
     is_routed,
@@ -277,6 +279,17 @@ def test_a_private_copy_is_called_in_the_activations_type(plain: str, scheme: st
     assert grads and all(grad.dtype == torch.float32 for grad in grads.values())
 
 
+def test_activations_decide_the_type_of_a_private_copy_and_not_the_storage() -> None:
+    layer = nn.Sequential(quantize_(nn.Linear(8, 8), "int8"))
+    bank = AdapterBank(layer)
+    bank.add("a", targets=[], plain=["0"])
+    x = torch.randn(2, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    with bank.bare():
+        assert layer(x).dtype == torch.bfloat16
+    with bank.route(["a", "a"]):
+        assert layer(x).dtype == torch.bfloat16
+
+
 # ---- routes ---------------------------------------------------------------------------------------------------------
 
 
@@ -439,6 +452,16 @@ def test_recomputation_follows_the_route_of_the_forward(in_thread: bool) -> None
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+def test_recomputation_leaves_no_route_behind() -> None:
+    model, bank = bank_of("low")
+    model.one = Recomputed(model.one)  # type: ignore[assignment]
+    with bank.route(["low"] * 6):
+        loss = model(IDS).sum()
+    loss.backward()
+    with pytest.raises(RouteError):
+        model(IDS)
+
+
 def test_recomputation_under_the_bare_backbone() -> None:
     model, bank = bank_of("low")
     x = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -483,6 +506,22 @@ def test_layers_that_no_adapter_changes_stay_as_they_are() -> None:
     model, _ = bank_of("low")
     assert is_routed(model.one.up) and is_routed(model.embed)
     assert not any(map(is_routed, (model, model.one, model.one.down, model.head, model.pair.inner, model.position)))
+
+
+def test_a_layer_that_no_adapter_of_the_route_changes_is_the_bare_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bank = bank_of("low", "top", "high")
+    x = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+    with bank.bare():
+        expected = model.pair.inner(x)
+    monkeypatch.setattr(routing, "_put_back", lambda *args: pytest.fail("rows were cut and put together for nothing"))
+    with bank.route(["low", "top", "low", "top", "low", "top"]):
+        assert is_routed(model.pair.inner) and torch.equal(model.pair.inner(x), expected)
+
+
+def test_one_class_serves_every_layer_of_a_kind() -> None:
+    model, _ = bank_of("low", "block")
+    assert type(model.one.up) is type(model.two.up) and isinstance(model.one.up, RoutedLinear)
+    assert isinstance(model.two, RoutedPlain) and not isinstance(model.one.up, RoutedPlain)
 
 
 def test_active_route() -> None:

@@ -227,8 +227,8 @@ def test_every_adapter_is_evaluated_on_its_own_rows(tmp_path: Path, stage: str) 
         assert logged[f"{prefix}/{name}/perplexity"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
     mean = (logged[f"{prefix}/sql/loss"] + logged[f"{prefix}/legal/loss"]) / 2
     assert logged[f"{prefix}/loss"] == pytest.approx(mean)
-    (again,) = getattr(trainer, stage)(module, batches, verbose=False)
-    assert again == logged  # the metrics were reset
+    (again,) = getattr(trainer, stage)(module, only(batches, "sql"), verbose=False)  # the metrics were reset
+    assert set(again) == {f"{prefix}/sql/loss", f"{prefix}/sql/perplexity", f"{prefix}/loss"}
 
 
 def test_an_adapter_without_validation_data_logs_nothing(tmp_path: Path) -> None:
