@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def test_int8_perplexity_is_within_half_a_percent(rows: dict[str, dict[str, Any]
 
 
 def test_the_shipped_backbone_is_the_original_in_int8() -> None:
-    assert fingerprint(load_backbone("quickstart")) == fingerprint(load_backbone(str(SOURCE)))
+    shipped = fingerprint(load_backbone("quickstart"))
+    assert shipped == fingerprint(load_backbone(str(SOURCE)))
+    assert shipped == json.loads((QUICKSTART_FOLDER / "backbone.json").read_text())["fingerprint"]
 
 
 def test_the_shipped_folder_is_small() -> None:

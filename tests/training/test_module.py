@@ -537,7 +537,12 @@ def test_without_adapters_the_backbone_speaks(speaker: MultiAdapterModule) -> No
 def test_generating_keeps_the_mode_and_draws_no_dropout(speaker: MultiAdapterModule, mode: bool) -> None:
     speaker.train(mode)
     calls = {adapter.name: adapter.calls for adapter in speaker.adapters.adapters()}
+    modes: list[bool] = []
+    assert speaker.backbone is not None
+    hook = speaker.backbone.register_forward_pre_hook(lambda *_: modes.append(speaker.adapters.training))
     first = speaker.generate(PROMPTS, adapters="sql", max_new_tokens=4)
+    hook.remove()
+    assert set(modes) == {False}
     assert speaker.generate(PROMPTS, adapters="sql", max_new_tokens=4) == first
     assert speaker.training is mode
     assert {adapter.name: adapter.calls for adapter in speaker.adapters.adapters()} == calls
