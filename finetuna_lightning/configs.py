@@ -157,7 +157,7 @@ class BackboneConfig:
         _choice("backbone.dtype", self.dtype, DTYPES)
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError(f"backbone.block_size must be one of {BLOCK_SIZES}, not {self.block_size!r}")
-        _number("backbone.num_labels", self.num_labels, 1, integer=True)
+        _number("backbone.num_labels", self.num_labels, 2, integer=True)
         self.skip_modules = _names("backbone.skip_modules", self.skip_modules)
 
 

@@ -11,9 +11,15 @@ from torch.nn import functional as F
 
 def seeded_dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """Dropout whose mask is a function of ``seed`` and x's shape alone: a recomputed forward draws the same mask, and
-    no other stream moves."""
+    no other stream moves.
+
+    For x [rows, tokens, features] the mask is drawn token by token, so that on the CPU, whose generator is sequential,
+    padding to a longer neighbour leaves the masks of the tokens before it as they are.
+    """
     generator = torch.Generator(device=x.device).manual_seed(seed)
-    keep = torch.empty(x.shape, dtype=torch.float32, device=x.device).uniform_(generator=generator) >= p
+    by_token = x.transpose(0, 1) if x.dim() == 3 else x
+    drawn = torch.empty(by_token.shape, dtype=torch.float32, device=x.device).uniform_(generator=generator)
+    keep = (drawn.transpose(0, 1) if x.dim() == 3 else drawn) >= p
     return torch.where(keep, x / (1 - p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 

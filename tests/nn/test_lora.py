@@ -158,3 +158,8 @@ def test_dropout_acts_on_the_input_and_only_with_a_seed() -> None:
     x = random(3, 11)
     assert torch.equal(delta(x), plain(x)) and torch.equal(plain(x, 3), plain(x))
     assert torch.equal(delta(x, 3), plain(seeded_dropout(x, 0.5, 3))) and not torch.equal(delta(x, 3), delta(x))
+
+
+def test_padding_to_a_longer_neighbour_leaves_the_masks_before_it() -> None:
+    short, long = torch.ones(3, 8, 5), torch.ones(3, 13, 5)
+    assert torch.equal(seeded_dropout(long, 0.5, 7)[:, :8], seeded_dropout(short, 0.5, 7))
