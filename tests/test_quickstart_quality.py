@@ -13,7 +13,6 @@ from finetuna_lightning.backbone import QUICKSTART_FOLDER, fingerprint, load_bac
 
 SOURCE = Path(__file__).parent / "data" / "quickstart_bf16"
 OUTPUT_ERROR = {"int8": 0.015, "int8-blockwise": 0.01, "fp8": 0.04}
-WORST = {"int8": 0.015, "int8-blockwise": 0.011, "fp8": 0.04}  # one v_proj of 42 layers has 1.07% in blocks of 64
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +20,19 @@ def rows() -> dict[str, dict[str, Any]]:
     return {row["scheme"]: row for row in measure(str(SOURCE), 4000)}
 
 
-@pytest.mark.parametrize("scheme", OUTPUT_ERROR)
+KNOWN = pytest.mark.xfail(
+    reason="one v_proj of 42 layers has 1.07% in blocks of 64: see benchmarks/LOG.md", strict=True
+)
+
+
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("int8-blockwise", marks=KNOWN), "fp8"])
 def test_output_error_of_every_layer(rows: dict[str, dict[str, Any]], scheme: str) -> None:
+    assert 0 < rows[scheme]["worst"] < OUTPUT_ERROR[scheme]
+
+
+@pytest.mark.parametrize("scheme", OUTPUT_ERROR)
+def test_mean_output_error(rows: dict[str, dict[str, Any]], scheme: str) -> None:
     assert 0 < rows[scheme]["mean"] < OUTPUT_ERROR[scheme]
-    assert rows[scheme]["worst"] < WORST[scheme]
 
 
 def test_int8_perplexity_is_within_half_a_percent(rows: dict[str, dict[str, Any]]) -> None:
