@@ -13,6 +13,19 @@ if typing.TYPE_CHECKING:
     from finetuna_lightning.backbone import load_backbone, quantize_model_, save_backbone
     from finetuna_lightning.configs import AdapterConfig, BackboneConfig, DataConfig, OptimConfig
     from finetuna_lightning.errors import FinetunaError
+    from finetuna_lightning.finetuned import (
+        EmbeddingAdapterConfig,
+        Finetuned,
+        LinearAdapterConfig,
+        finetuned_from_bank,
+        get_lora_adaptable_modules,
+        get_model_mem_consumption,
+        load_finetuned,
+        load_state_dict,
+        new_finetuned,
+        prepare_base_model,
+        state_dict,
+    )
     from finetuna_lightning.nn.routing import Route, checkpoint_contexts
     from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
     from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
@@ -35,15 +48,26 @@ _HOMES = {
     "BackboneConfig": "configs",
     "DataConfig": "configs",
     "EightBitPrecision": "training.precision",
+    "EmbeddingAdapterConfig": "finetuned",
     "FinetunaError": "errors",
+    "Finetuned": "finetuned",
     "FreezeQuantizedWeights": "training.callbacks.freeze",
+    "LinearAdapterConfig": "finetuned",
     "MultiAdapterModule": "training.module",
     "OptimConfig": "configs",
     "Route": "nn.routing",
     "checkpoint_contexts": "nn.routing",
+    "finetuned_from_bank": "finetuned",
+    "get_lora_adaptable_modules": "finetuned",
+    "get_model_mem_consumption": "finetuned",
     "load_backbone": "backbone",
+    "load_finetuned": "finetuned",
+    "load_state_dict": "finetuned",
+    "new_finetuned": "finetuned",
+    "prepare_base_model": "finetuned",
     "quantize_model_": "backbone",
     "save_backbone": "backbone",
+    "state_dict": "finetuned",
 }
 __all__ = [
     "Adapter",
@@ -56,15 +80,26 @@ __all__ = [
     "BackboneConfig",
     "DataConfig",
     "EightBitPrecision",
+    "EmbeddingAdapterConfig",
     "FinetunaError",
+    "Finetuned",
     "FreezeQuantizedWeights",
+    "LinearAdapterConfig",
     "MultiAdapterModule",
     "OptimConfig",
     "Route",
     "checkpoint_contexts",
+    "finetuned_from_bank",
+    "get_lora_adaptable_modules",
+    "get_model_mem_consumption",
     "load_backbone",
+    "load_finetuned",
+    "load_state_dict",
+    "new_finetuned",
+    "prepare_base_model",
     "quantize_model_",
     "save_backbone",
+    "state_dict",
 ]
 
 

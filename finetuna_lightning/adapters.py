@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetuna_lightning.configs import ALL_LINEAR, check_adapter_name, check_adapter_names
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.nn.lora import Delta, LoRAEmbedding, LoRALinear
-from finetuna_lightning.nn.quantized import QuantizedLinear, dequantize_, is_conv1d
+from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedLinear, dequantize_, is_conv1d
 from finetuna_lightning.nn.routing import (
     Route,
     is_routed,
@@ -191,14 +191,19 @@ class Adapter(nn.Module):
                 owner, _, leaf = name.rpartition(".")
                 turned = leaf == "weight" and owner in transposed
                 plain[f"{_path(key)}.{name}"] = tensor.t() if turned else tensor
-        deltas: dict[str, dict[str, Tensor]] = {
-            _path(key): dict(delta.named_parameters()) for key, delta in self.deltas.items()
-        }
+        own: dict[str, Any] = {_path(key): delta for key, delta in self.deltas.items()}
+        deltas: dict[str, dict[str, Tensor]] = {path: dict(delta.named_parameters()) for path, delta in own.items()}
+        if self.bias:  # the format has one for all: a delta without gets one of zeros
+            for path, delta in own.items():
+                if isinstance(delta, LoRALinear) and delta.lora_bias is None:
+                    deltas[path]["lora_bias"] = delta.lora_B.new_zeros(delta.shape[1])
         return AdapterFolder(
             rank=self.rank, alpha=self.alpha, dropout=self.dropout, bias=self.bias,
             target_modules=self.target_modules, plain_modules=self.plain_modules, deltas=deltas, plain=plain,
             task=self.origin["task"], backbone=self.origin["backbone"], revision=self.origin["revision"],
             fingerprint=self.origin["fingerprint"], fan_in_fan_out=self.conv1d,
+            ranks={path: delta.rank for path, delta in own.items() if delta.rank != self.rank},
+            alphas={path: delta.alpha for path, delta in own.items() if delta.alpha != self.alpha},
         )  # fmt: skip
 
     def save_pretrained(self, path: str | Path) -> Path:
@@ -237,7 +242,7 @@ def tensor_bytes(*modules: nn.Module) -> int:
     """Bytes of all distinct storages among the parameters and buffers of ``modules``."""
     seen: dict[tuple[torch.device, int], int] = {}
     for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
+        for _, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.device.type != "meta":
                 seen[tensor.device, tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(seen.values())
@@ -266,7 +271,8 @@ class AdapterBank(nn.ModuleDict):
         super().__init__()
         self.__dict__["backbone"] = backbone  # by reference: not a child
         self.origin = origin or {"task": None, "backbone": None, "revision": None, "fingerprint": None}
-        self.default_route: str | None = None
+        self.sole: str | None = None  # in a stand-alone fine-tuned model, its one adapter
+        self.grad_wanted = False
         if any(is_routed(module) for module in backbone.modules()):
             raise ConfigError("this backbone has a bank already: add the adapters to that one")
         backbone.requires_grad_(False)
@@ -283,6 +289,7 @@ class AdapterBank(nn.ModuleDict):
         plain: Sequence[str] = (),
         seed: int = 0,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
+        any_rank: bool = False,
     ) -> Adapter:
         """Add an adapter to the live bank; its weights stand where its layers' do.
 
@@ -293,24 +300,18 @@ class AdapterBank(nn.ModuleDict):
             plain: modules trained in full.
             seed: of its random streams.
             settings: by full path, other values of ``rank``, ``alpha``, ``dropout`` or ``bias``.
+            any_rank: allow a rank larger than a layer's smaller side, which can learn no more than that side's.
 
         Raises:
             ConfigError: for a name that is taken or not allowed, or a rank larger than a target layer.
             TargetError: for a pattern that matches nothing, or a module both adapted and trained in full.
         """
-        check_adapter_name(name)
-        if name in self:
-            raise ConfigError(f"there is already an adapter {name!r}")
-        check_adapter_names([*self, name])
-        if hasattr(self, name):  # one that a library added to nn.Module
-            raise ConfigError(f"adapter name {name!r} is not allowed: it is an attribute of the bank")
-        if any(name in path.split(".") for path, _ in self.backbone.named_modules()):
-            raise ConfigError(f"adapter name {name!r} is the name of a backbone module; '{name}_adapter' would work")
+        self._check_new_name(name)
         plain_paths = resolve_plain(self.backbone, plain)
         target_paths = resolve_targets(self.backbone, targets, plain_paths) if targets else {}
         own = {path: {"rank": rank, "alpha": alpha} | dict((settings or {}).get(path, {})) for path in target_paths}
         for path, module in target_paths.items():
-            check_fit(own[path]["rank"], {path: module}, plain_paths)
+            check_fit(own[path]["rank"], {path: module}, plain_paths, any_rank)
         adapter = Adapter(name, rank, alpha, dropout, bias, seed)
         adapter.origin = dict(self.origin)
         adapter.target_modules = self._short_names(target_paths)
@@ -323,6 +324,33 @@ class AdapterBank(nn.ModuleDict):
         self[name] = adapter
         self._route_layers()
         return adapter
+
+    def adopt(self, name: str, adapter: Adapter) -> Adapter:
+        """Add ``adapter``, which another bank over the same backbone made, under ``name``. Both banks then hold the
+        same parameters: what is trained here is trained there.
+
+        Raises:
+            ConfigError: for a name that is taken or not allowed.
+            TargetError: when this backbone lacks one of its modules, or has it in another shape.
+        """
+        self._check_new_name(name)
+        paths = dict(self.backbone.named_modules())
+        for key, delta in adapter.deltas.items():
+            layer = paths.get(_path(key))
+            if layer is None or not can_carry_delta(layer) or layer_shape(layer) != delta.shape:
+                raise TargetError(
+                    f"adapter {adapter.name!r} has a delta for {_path(key)!r}, which this backbone has not"
+                )
+        for key in adapter.plain:
+            if _path(key) not in paths:
+                raise TargetError(f"adapter {adapter.name!r} trains {_path(key)!r}, which this backbone has not")
+        twin = Adapter(name, adapter.rank, adapter.alpha, adapter.dropout, adapter.bias, adapter.seed)
+        twin.target_modules, twin.plain_modules = list(adapter.target_modules), list(adapter.plain_modules)
+        twin.origin, twin.conv1d, twin.calls = dict(self.origin), adapter.conv1d, adapter.calls
+        twin.deltas, twin.plain = adapter.deltas, adapter.plain
+        self[name] = twin
+        self._route_layers()
+        return twin
 
     def load(self, name: str, path: str | Path, seed: int = 0) -> Adapter:
         """Add an adapter from a PEFT folder.
@@ -346,7 +374,8 @@ class AdapterBank(nn.ModuleDict):
         for key, tensor in folder.base.items():
             _check_base(f"{path}: {'.base_layer.'.join(key.rsplit('.', 1))}", self.backbone, key, tensor)
         adapter = self.add(
-            name, rank=folder.rank, alpha=folder.alpha, dropout=folder.dropout, bias=folder.bias,
+            name, rank=folder.rank, alpha=folder.alpha, dropout=folder.dropout, bias=folder.bias, any_rank=True,
+            settings={p: folder.scaling(p) for p in folder.deltas},
             targets=[f"(?:{re.escape(path)})" for path in folder.deltas],  # these paths, and none that ends like one
             plain=[name for name in folder.plain_modules if match_modules(self.backbone, name)],  # PEFT lists more
             seed=seed,
@@ -412,6 +441,16 @@ class AdapterBank(nn.ModuleDict):
         adapter: Any = self._modules[name]
         return adapter  # type: ignore[no-any-return]
 
+    def _check_new_name(self, name: str) -> None:
+        check_adapter_name(name)
+        if name in self:
+            raise ConfigError(f"there is already an adapter {name!r}")
+        check_adapter_names([*self, name])
+        if hasattr(self, name):  # one that a library added to nn.Module
+            raise ConfigError(f"adapter name {name!r} is not allowed: it is an attribute of the bank")
+        if any(name in path.split(".") for path, _ in self.backbone.named_modules()):
+            raise ConfigError(f"adapter name {name!r} is the name of a backbone module; '{name}_adapter' would work")
+
     def _dropout_seed(self, name: str) -> int:
         adapter = self._adapter(name)
         adapter.calls += 1
@@ -421,7 +460,7 @@ class AdapterBank(nn.ModuleDict):
         generator = torch.Generator().manual_seed(stream_seed(adapter.seed, "init", path))
         delta: Delta
         if isinstance(module, nn.Embedding):
-            delta = LoRAEmbedding(*layer_shape(module), own["rank"], own["alpha"], generator)
+            delta = LoRAEmbedding(*layer_shape(module), own["rank"], own["alpha"], generator, module.padding_idx)
         else:
             dropout, bias = own.get("dropout", adapter.dropout), own.get("bias", adapter.bias)
             delta = LoRALinear(*layer_shape(module), own["rank"], own["alpha"], dropout, bias, generator)
@@ -433,9 +472,12 @@ class AdapterBank(nn.ModuleDict):
             if is_routed(part):
                 unroute_(part)
             conv1d = isinstance(part, QuantizedLinear) and part.conv1d
-            dequantize_(part, torch.float32)
+            if isinstance(part, QuantizedLinear | QuantizedEmbedding):
+                dequantize_(part, torch.promote_types(part.quantized.dtype, torch.float32))
             part.finetuna_conv1d = conv1d  # type: ignore[assignment]
-        return private.float().requires_grad_(True)
+        for parameter in private.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        return private.requires_grad_(True)
 
     def _route_layers(self) -> None:
         """Route exactly the layers that some adapter changes."""
@@ -472,7 +514,7 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
-def check_fit(rank: int, targets: dict[str, nn.Module], plain: dict[str, nn.Module]) -> None:
+def check_fit(rank: int, targets: dict[str, nn.Module], plain: dict[str, nn.Module], any_rank: bool = False) -> None:
     """Raise where a delta of ``rank`` does not fit one of ``targets``, or one of them lies in a module trained in
     full."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -481,7 +523,7 @@ def check_fit(rank: int, targets: dict[str, nn.Module], plain: dict[str, nn.Modu
         inside = next((name for name in plain if path == name or path.startswith(name + ".")), None)
         if inside is not None:
             raise TargetError(f"{path!r} is both adapted and trained in full (plain module {inside!r}): choose one")
-        if rank > min(layer_shape(module)):
+        if rank > min(layer_shape(module)) and not any_rank:
             features = " x ".join(str(size) for size in layer_shape(module))
             raise ConfigError(
                 f"adapter.rank {rank} is larger than layer {path!r} ({features}): use at most "

@@ -24,17 +24,15 @@ ALL_LINEAR = "all-linear"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = frozenset(
     # attributes of the adapter bank, an nn.ModuleDict in which an adapter is a child: such a name would shadow a method
-    "T_destination adapters add add_module apply attach backbone backbone_nbytes bare bfloat16 buffers call_super_init "
-    "children clear compile cpu cuda default_route delta detach double dump_patches eval extra_repr float follow "
-    "forward "
-    "get_buffer get_extra_state get_parameter get_submodule half ipu items keys load load_state_dict modules mtia "
+    "adapters add add_module adopt apply attach backbone backbone_nbytes bare bfloat16 buffers call_super_init "
+    "children clear compile cpu cuda delta detach double dump_patches eval extra_repr float follow forward get_buffer "
+    "get_extra_state get_parameter get_submodule grad_wanted half ipu items keys load load_state_dict modules mtia "
     "named_buffers named_children named_modules named_parameters names origin parameters plain_copy pop "
     "register_backward_hook register_buffer register_forward_hook register_forward_pre_hook "
-    "register_full_backward_hook "
-    "register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook "
-    "register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook remove "
-    "requires_grad_ route set_extra_state set_submodule share_memory state_dict to to_empty train training type update "
-    "values xpu zero_grad".split()
+    "register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook "
+    "register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook "
+    "register_state_dict_pre_hook remove requires_grad_ route set_extra_state set_submodule share_memory sole "
+    "state_dict T_destination to to_empty train training type update values xpu zero_grad".split()
 )
 
 

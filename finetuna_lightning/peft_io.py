@@ -14,6 +14,7 @@ delta
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class AdapterFolder:
         backbone, revision: what the adapter was trained over.
         fingerprint: of the backbone's codes and scales; kept in the safetensors metadata, where PEFT does not look.
         fan_in_fan_out: the targets keep their weight transposed (``Conv1D``).
+        ranks, alphas: by path, of the deltas whose rank or alpha is another than ``rank``, ``alpha``.
     """
 
     rank: int
@@ -69,8 +71,18 @@ class AdapterFolder:
     revision: str | None = None
     fingerprint: str | None = None
     fan_in_fan_out: bool = False
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def scaling(self, path: str) -> dict[str, Any]:
+        """``rank`` and ``alpha`` of the delta at ``path``."""
+        return {"rank": self.ranks.get(path, self.rank), "alpha": self.alphas.get(path, self.alpha)}
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _config(folder: AdapterFolder) -> dict[str, Any]:
@@ -80,15 +92,15 @@ def _config(folder: AdapterFolder) -> dict[str, Any]:
         "base_model_name_or_path": folder.backbone,
         "revision": folder.revision,
         "r": folder.rank,
-        "lora_alpha": int(folder.alpha) if float(folder.alpha).is_integer() else folder.alpha,
+        "lora_alpha": _whole(folder.alpha),
         "lora_dropout": folder.dropout,
         "target_modules": folder.target_modules,
         "bias": "none",
         "lora_bias": folder.bias,
         "fan_in_fan_out": folder.fan_in_fan_out,
         "modules_to_save": folder.plain_modules or None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {re.escape(path): rank for path, rank in folder.ranks.items()},
+        "alpha_pattern": {re.escape(path): _whole(alpha) for path, alpha in folder.alphas.items()},
         "use_rslora": False,
         "inference_mode": True,
         **folder.extra,
@@ -156,9 +168,18 @@ def load_folder(path: str | Path) -> AdapterFolder:
     copies = [name for name in plain if name.rpartition(_BASE)[0] in deltas]
     base = {name.replace(_BASE, "."): plain.pop(name) for name in copies}
     targets = config.get("target_modules") or []
+    ranks = {p: _by_pattern(config.get("rank_pattern"), p, config["r"]) for p in deltas}
+    alphas = {
+        p: _by_pattern(config.get("alpha_pattern"), p, config["lora_alpha"])
+        * (ranks[p] ** 0.5 if config.get("use_rslora") else 1)
+        for p in deltas
+    }
+    alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
     return AdapterFolder(
         rank=config["r"],
-        alpha=config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1),
+        alpha=alpha,
+        ranks={p: rank for p, rank in ranks.items() if rank != config["r"]},
+        alphas={p: own for p, own in alphas.items() if own != alpha},
         dropout=config.get("lora_dropout", 0.0),
         bias=bool(config.get("lora_bias")),
         target_modules=[targets] if isinstance(targets, str) else list(targets),
@@ -178,14 +199,33 @@ def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} holds a {config.get('peft_type')} adapter; only LORA can be loaded")
     nothing: dict[str, tuple[Any, ...]] = {
-        "bias": ("none", None), "use_dora": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+        "bias": ("none", None), "use_dora": (False, None),
         "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
     }  # fmt: skip
     for key, allowed in nothing.items():
         if config.get(key) not in allowed:
             raise CheckpointError(f"{path}: {key}={config[key]!r} is not supported; expected {allowed[0]!r}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise CheckpointError(f"{path}: r={rank!r} is not an integer >= 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{path}: lora_alpha={alpha!r} is not a number")
+    for pattern in _PATTERNS.values():
+        if not isinstance(config.get(pattern) or {}, dict):
+            raise CheckpointError(f"{path}: {pattern}={config[pattern]!r} is no mapping")
+    ranks, alphas = ({"": config.get(key)} | (config.get(pattern) or {}) for key, pattern in _PATTERNS.items())
+    for where in {*ranks, *alphas}:
+        try:
+            re.compile(where)
+        except re.error as error:
+            raise CheckpointError(f"{path}: {where!r} is no regular expression: {error}") from None
+    for where, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise CheckpointError(f"{path}: r={rank!r}{f' of {where}' if where else ''} is not an integer >= 1")
+    for where, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise CheckpointError(f"{path}: lora_alpha={alpha!r}{f' of {where}' if where else ''} is not a number")
+
+
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+
+def _by_pattern(patterns: dict[str, Any] | None, path: str, otherwise: Any) -> Any:
+    """The value of the first pattern that names ``path``, as PEFT's ``get_pattern_key`` finds it."""
+    named = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path))
+    return next(named, otherwise)

@@ -172,7 +172,7 @@ def test_a_name_that_would_work_is_told(name: str, hint: str) -> None:
 
 
 def test_reserved_names() -> None:
-    for name in ("forward", "keys", "add", "names", "default_route"):
+    for name in ("forward", "keys", "add", "names", "adopt"):
         with pytest.raises(ConfigError, match=f"'{name}_adapter' would work"):
             check_adapter_name(name)
         check_adapter_name(f"{name}_adapter")

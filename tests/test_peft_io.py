@@ -316,8 +316,11 @@ def test_every_key_is_accounted_for(fault: str, tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"use_dora": True}, "use_dora=True is not supported; expected False"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern="),
+        ({"rank_pattern": {"q_proj": 0}}, "r=0 of q_proj is not an integer >= 1"),
+        ({"rank_pattern": {"q_proj": 8}}, "shapes .*q_proj"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "lora_alpha='8' of q_proj is not a number"),
+        ({"alpha_pattern": [8]}, "is no mapping"),
+        ({"alpha_pattern": {"q_proj(": 8}}, "no regular expression"),
         ({"bias": "all"}, "bias='all' is not supported; expected 'none'"),
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"peft_type": "IA3"}, "holds a IA3 adapter; only LORA can be loaded"),

@@ -36,6 +36,12 @@ class _Delta(nn.Module):
         """``alpha / rank``."""
         return self.alpha / self.rank
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the layer that carries the delta: (in_features, out_features), or (num_embeddings, dim)."""
+        down, up = (parameter for parameter in self.parameters() if parameter.dim() == 2)
+        return down.shape[1], up.shape[0]
+
 
 class LoRALinear(_Delta):
     """``delta(x) = alpha / r * (dropout(x) A^T B^T + b)`` with A [r, in], B [out, r]; x [..., in], result [..., out].
@@ -83,19 +89,27 @@ class LoRAEmbedding(_Delta):
     """``delta(ids) = alpha / r * A[:, ids]^T B^T`` with A [r, num_embeddings], B [dim, r]; ids [...], result [...,
     dim].
 
-    A is zero and B normal, so that a new delta changes nothing (DESIGN: as in finetuna and PEFT).
+    A is zero and B normal, so that a new delta changes nothing (DESIGN: as in finetuna and PEFT). The column of
+    ``padding_idx`` gets no gradient, as the embedding's own row would get none.
     """
 
     def __init__(
-        self, num_embeddings: int, dim: int, rank: int, alpha: float, generator: torch.Generator | None = None
+        self,
+        num_embeddings: int,
+        dim: int,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__(rank, alpha)
+        self.padding_idx = padding_idx
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, num_embeddings))
         self.lora_embedding_B = nn.Parameter(torch.empty(dim, rank, device="cpu").normal_(generator=generator))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The delta for ids, in ``dtype``."""
-        low = F.embedding(ids, self.lora_embedding_A.t()).to(dtype) * self.scaling
+        low = F.embedding(ids, self.lora_embedding_A.t(), self.padding_idx).to(dtype) * self.scaling
         return F.linear(low, self.lora_embedding_B.to(dtype))
 
     def extra_repr(self) -> str:

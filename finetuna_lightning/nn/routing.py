@@ -5,6 +5,7 @@ of the batch, for that adapter's delta or private copy. The base computation run
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -14,7 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
 
 from finetuna_lightning.errors import RouteError
 from finetuna_lightning.nn.lora import Delta, LoRALinear
@@ -80,23 +83,34 @@ class Route:
 
 
 class DeltaSource(Protocol):
-    """What a routed layer needs of the bank."""
+    """What a routed layer needs of the bank.
 
-    default_route: str | None
+    ``sole`` names the one adapter of a stand-alone fine-tuned model: all rows are its own, whatever route is in force.
+    ``grad_wanted``: whether that model was last called with gradients on.
+    """
+
+    sole: str | None
+    grad_wanted: bool
 
     def delta(self, name: str, path: str) -> Delta | None: ...
 
     def plain_copy(self, name: str, path: str) -> nn.Module | None: ...
 
 
-BARE = "bare"
 _ACTIVE: ContextVar[tuple[tuple[int, Route | None], ...]] = ContextVar("finetuna_routes", default=())
 
 
 @contextmanager
 def routed(bank: DeltaSource, route: Route | None) -> Iterator[None]:
-    """Within, the layers of ``bank``'s backbone follow ``route``; None is the bare backbone. Kept per thread and
-    task."""
+    """Within, the layers of ``bank``'s backbone follow ``route``; None is the bare backbone. Kept per thread and task.
+
+    Raises:
+        RouteError: for the bank of a stand-alone fine-tuned model, which is always its own adapter's.
+    """
+    if bank.sole is not None:
+        raise RouteError(
+            "a stand-alone fine-tuned model takes no route: call it as it is, or its base for the bare model"
+        )
     token = _ACTIVE.set((*_ACTIVE.get(), (id(bank), route)))
     try:
         yield
@@ -104,17 +118,15 @@ def routed(bank: DeltaSource, route: Route | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active_route(bank: DeltaSource, rows: int) -> Route | None:
-    """The route in force for ``bank``: the innermost ``routed``, else its default adapter for all rows.
+def active_route(bank: DeltaSource) -> Route | None:
+    """The route in force for ``bank``: the innermost ``routed``.
 
     Raises:
-        RouteError: when neither says which adapter the rows belong to.
+        RouteError: when there is none.
     """
     for key, route in reversed(_ACTIVE.get()):
         if key == id(bank):
             return route
-    if bank.default_route is not None:
-        return None if bank.default_route == BARE else Route((bank.default_route,), (rows,))
     raise RouteError(
         "the backbone was called without a route: use `with bank.route([...])`, or `with bank.bare()` for the backbone "
         "alone; under a hand-made torch.utils.checkpoint pass context_fn=finetuna_lightning.checkpoint_contexts"
@@ -146,6 +158,28 @@ def _plus_delta(delta: Delta, x: Tensor, y: Tensor, route: Route, name: str, pat
     return y + added.to(y.dtype)
 
 
+def _plus_own(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+    """y plus a stand-alone model's delta of x; its dropout is ``nn.Dropout``'s, drawn from torch's own stream."""
+    if isinstance(delta, LoRALinear):
+        return y + delta(F.dropout(x, delta.dropout, delta.training)).to(y.dtype)  # type: ignore[no-any-return]
+    return y + delta(x, y.dtype).to(y.dtype)  # type: ignore[no-any-return]
+
+
+def _check_gradients(bank: DeltaSource, own: nn.Module) -> None:
+    """Raise within a reentrant checkpoint none of whose inputs requires grad: its backward pass would never run."""
+    if torch.is_grad_enabled() or not (own.training and bank.grad_wanted):
+        return
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    inputs = frame.f_locals.get("args", ()) if frame is not None else ()
+    if frame is not None and not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        raise RouteError(
+            "reentrant gradient checkpointing would train nothing here: no input of the checkpointed part requires "
+            "grad. Set use_reentrant=False, or call model.enable_input_require_grads(), or adapt the embedding too"
+        )
+
+
 class _Routed(nn.Module):
     """Shared by the routed classes: a reference to the bank that registers nothing, and the layer's path."""
 
@@ -155,7 +189,13 @@ class _Routed(nn.Module):
     def _add_deltas(self, x: Tensor, y: Tensor) -> Tensor:
         """y plus, segment by segment along the leading dimension, each adapter's delta of x."""
         bank, path = self._finetuna_bank, self._finetuna_path
-        route = active_route(bank, x.shape[0])
+        if bank.sole is not None:
+            own = bank.delta(bank.sole, path)
+            if own is None:
+                return y
+            _check_gradients(bank, own)
+            return _plus_own(own, x, y)
+        route = active_route(bank)
         if route is None:
             return y
         if _for_all_rows(x, route):
@@ -171,9 +211,9 @@ class _Routed(nn.Module):
             if delta is None:
                 continue
             # an adapter's rows stand together, wherever they lie, so that its dropout masks are those of it alone
-            own = [index for index, (other, _, _) in enumerate(segments) if other == name]
-            part = _plus_delta(delta, _joined(xs, own), _joined(out, own), route, name, path)
-            for index, piece in zip(own, part.split([sizes[index] for index in own]), strict=True):
+            places = [index for index, (other, _, _) in enumerate(segments) if other == name]
+            part = _plus_delta(delta, _joined(xs, places), _joined(out, places), route, name, path)
+            for index, piece in zip(places, part.split([sizes[index] for index in places]), strict=True):
                 out[index] = piece
         return _joined(out, range(len(out)))
 
@@ -198,7 +238,13 @@ class RoutedPlain(_Routed):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         bank, path = self._finetuna_bank, self._finetuna_path
-        route = active_route(bank, first.shape[0])
+        if bank.sole is not None:
+            own = bank.plain_copy(bank.sole, path)
+            if own is None:
+                return super().forward(*args, **kwargs)
+            _check_gradients(bank, own)
+            return _call_copy(own, _activations_type(self, first), first.device, args, kwargs)
+        route = active_route(bank)
         if route is None:
             return super().forward(*args, **kwargs)
         arguments, count = (args, kwargs), first.shape[0]

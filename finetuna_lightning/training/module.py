@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from finetuna_lightning.backbone import (
     fingerprint,
     load_backbone,
     quantize_model_,
-    quantized_layers,
     read_config,
     read_info,
     recompute_in_training,
@@ -30,6 +29,7 @@ from finetuna_lightning.backbone import (
 )
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig, as_config, check_adapter_names
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
+from finetuna_lightning.finetuned import adapter_of, finetuned_from_bank, is_prepared, shares_base
 from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training.metrics import AdapterMetrics
@@ -57,6 +57,8 @@ class MultiAdapterModule(LightningModule):
         optim: the optimizer that they share.
         seed: of the run; adapters without a seed of their own derive theirs from it and their name.
         loss: for a plain module: ``loss(output, batch) -> scalar`` for one adapter's rows.
+        finetuned: by adapter name, fine-tuned models (``new_finetuned``) over this backbone: the adapter is the
+            model's, whose parameters are trained in place; its rank, targets and so on replace the configuration's.
 
     The Lightning checkpoint holds adapters, optimizer, loader and the backbone's identity; never its weights.
     """
@@ -68,6 +70,7 @@ class MultiAdapterModule(LightningModule):
         optim: OptimConfig | None = None,
         seed: int = 0,
         loss: Loss | None = None,
+        finetuned: dict[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         given = backbone if isinstance(backbone, nn.Module) else as_config(BackboneConfig, backbone, "backbone")
@@ -75,6 +78,7 @@ class MultiAdapterModule(LightningModule):
         self.adapter_configs = {
             name: as_config(AdapterConfig, config, f"adapter {name!r}") for name, config in adapters.items()
         }
+        self._finetuned = self._take(finetuned or {})
         self.optim_config = as_config(OptimConfig, optim or OptimConfig(), "optim")
         self.seed, self.custom_loss = seed, loss
         if not adapters:
@@ -116,9 +120,8 @@ class MultiAdapterModule(LightningModule):
 
     @property
     def backbone_is_prepared(self) -> bool:
-        """Whether the backbone came through a ``BackboneConfig``, quantised as it says, or holds 8-bit layers
-        already."""
-        return self.backbone is not None and (self.backbone_config is not None or bool(quantized_layers(self.backbone)))
+        """Whether the backbone came through a ``BackboneConfig`` or ``prepare_base_model``, or holds 8-bit layers."""
+        return self.backbone is not None and (self.backbone_config is not None or is_prepared(self.backbone))
 
     @property
     def tokenizer(self) -> Any:
@@ -173,6 +176,9 @@ class MultiAdapterModule(LightningModule):
             assert self.backbone is not None
             bank = AdapterBank(self.backbone, self.backbone_identity())
             for name, adapter in self.adapter_configs.items():
+                if name in self._finetuned:
+                    bank.adopt(name, self._own(name))
+                    continue
                 bank.add(
                     name, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, bias=adapter.bias,
                     targets=adapter.target_modules, plain=[*adapter.plain_modules, *new], seed=self.adapter_seed(name),
@@ -186,7 +192,7 @@ class MultiAdapterModule(LightningModule):
         """Quantise a backbone that came as a module, as the precision plugin says."""
         self.backbone = self._plain_backbone[0]
         plugin, device = self._plugin(), self._root_device()
-        if plugin is not None and not quantized_layers(self.backbone):
+        if plugin is not None and not is_prepared(self.backbone):
             plugin.check_device(device, plugin.scheme)
             quantize_model_(self.backbone, plugin.scheme, plugin.block_size, plugin.skip_modules)
             cast_(self.backbone, resolve_dtype(plugin.dtype, device))
@@ -233,6 +239,30 @@ class MultiAdapterModule(LightningModule):
                 check_fit(adapter.rank, targets, plain)
             except (ConfigError, TargetError) as error:
                 raise type(error)(f"adapter {name!r}: {error}") from error
+
+    def _take(self, finetuned: dict[str, nn.Module]) -> dict[str, tuple[nn.Module]]:
+        """The fine-tuned models to train, hidden from ``named_modules``; their shapes go into the configurations."""
+        for name, model in finetuned.items():
+            if name not in self.adapter_configs:
+                near = did_you_mean(name, self.adapter_configs)
+                raise ConfigError(f"finetuned has {name!r}, but adapters has no AdapterConfig of that name{near}")
+            own = adapter_of(model)
+            self.adapter_configs[name] = replace(
+                self.adapter_configs[name], rank=own.rank, alpha=own.alpha, dropout=own.dropout, bias=own.bias,
+                target_modules=list(own.target_modules), plain_modules=list(own.plain_modules),
+            )  # fmt: skip
+        return {name: (model,) for name, model in finetuned.items()}
+
+    def _own(self, name: str) -> Adapter:
+        (model,) = self._finetuned[name]
+        assert self.backbone is not None
+        if not shares_base(model, self.backbone):
+            raise ConfigError(f"finetuned[{name!r}] stands over another base than this module's backbone")
+        return adapter_of(model)
+
+    def finetuned(self, name: str) -> nn.Module:
+        """Adapter ``name`` as a stand-alone model, which shares the backbone and the adapter's parameters."""
+        return finetuned_from_bank(self.adapters, name)
 
     def backbone_identity(self) -> dict[str, str | None]:
         """Task, name, revision and fingerprint of the backbone: what a checkpoint keeps of it."""

@@ -15,7 +15,6 @@ from finetuna_lightning.errors import RouteError
 from finetuna_lightning.nn import routing
 from finetuna_lightning.nn.quantized import QuantizedLinear, quantize_
 from finetuna_lightning.nn.routing import (
-    BARE,
     Route,
     RoutedLinear,
     RoutedPlain,
@@ -317,12 +316,11 @@ def test_without_a_route_nothing_is_guessed() -> None:
         expected = model(IDS)
     with pytest.raises(RouteError):
         model(IDS)
-    bank.default_route = "low"
+    bank.sole = "low"  # as in a stand-alone fine-tuned model
     assert torch.equal(model(IDS), expected)
-    bank.default_route = BARE
-    with bank.bare():
-        assert torch.equal(model(IDS), model(IDS))
-    assert not torch.equal(model(IDS), expected)
+    for route in (bank.bare(), bank.route(["low"] * 6)):
+        with pytest.raises(RouteError, match="takes no route"), route:
+            pass
 
 
 @pytest.mark.parametrize("rows", [4, 5, 7])
@@ -527,11 +525,9 @@ def test_one_class_serves_every_layer_of_a_kind() -> None:
 def test_active_route() -> None:
     _, bank = bank_of("low")
     with pytest.raises(RouteError):
-        active_route(bank, 3)
+        active_route(bank)
     route = Route(("low",), (3,))
     with routed(bank, route):
-        assert active_route(bank, 3) is route
+        assert active_route(bank) is route
         with routed(bank, None):
-            assert active_route(bank, 3) is None
-    bank.default_route = "low"
-    assert active_route(bank, 3) == route
+            assert active_route(bank) is None
