@@ -489,7 +489,7 @@ def grads(model: nn.Module) -> list[Tensor | None]:
 
 
 def test_backward_reports_a_loss_that_trains_nothing() -> None:
-    base, first, second = pair()
+    _, first, second = pair()
     other = logits_of(second, inputs()).mean()
     with pytest.raises(RouteError, match="does not depend on anything that this model trains"):
         first.backward(other)  # type: ignore[operator]
