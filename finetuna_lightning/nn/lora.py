@@ -77,9 +77,9 @@ class LoRALinear(_Delta):
         """The delta for x; ``seed`` draws the dropout mask, None leaves dropout off."""
         if self.dropout > 0 and seed is not None:
             x = seeded_dropout(x, self.dropout, seed)
-        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scaling
-        bias = None if self.lora_bias is None else (self.lora_bias * self.scaling).to(low.dtype)
-        return F.linear(low, self.lora_B.to(low.dtype), bias)
+        low = F.linear(x, self.lora_A.to(x.dtype))
+        bias = None if self.lora_bias is None else self.lora_bias.to(low.dtype)
+        return F.linear(low, self.lora_B.to(low.dtype), bias) * self.scaling  # in PEFT's order, rounded as there
 
     def extra_repr(self) -> str:
         return f"{self.lora_A.shape[1]} -> {self.rank} -> {self.lora_B.shape[0]}, alpha={self.alpha:g}"
@@ -109,8 +109,8 @@ class LoRAEmbedding(_Delta):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The delta for ids, in ``dtype``."""
-        low = F.embedding(ids, self.lora_embedding_A.t(), self.padding_idx).to(dtype) * self.scaling
-        return F.linear(low, self.lora_embedding_B.to(dtype))
+        low = F.embedding(ids, self.lora_embedding_A.t(), self.padding_idx).to(dtype)
+        return F.linear(low, self.lora_embedding_B.to(dtype)) * self.scaling
 
     def extra_repr(self) -> str:
         return f"{self.lora_embedding_A.shape[1]} -> {self.rank} -> {self.lora_embedding_B.shape[0]}"

@@ -181,7 +181,7 @@ def test_routed_dropout(shape: tuple[int, ...], names: list[str]) -> None:
 IDS, MASK = torch.tensor([[3, 3, 0], [8, 3, 1], [0, 8, 8]]), torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 0]])
 # the layer, its arguments, the rows of the table that they name, the factor
 EMBEDDINGS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], Tensor, float]] = {
-    "plain": (lambda: nn.Embedding(9, IN, padding_idx=0), (IDS,), IDS, 1.0),
+    "plain": (lambda: nn.Embedding(9, IN, padding_idx=7), (IDS,), IDS, 1.0),
     "one-row-for-the-batch": (lambda: nn.Embedding(9, IN), (IDS[:1],), IDS[:1].expand(3, -1), 1.0),
     "gemma": (lambda: Gemma3TextScaledWordEmbedding(9, IN, 7, embed_scale=1.5), (IDS,), IDS, 1.5),
     "bart": (lambda: BartScaledWordEmbedding(9, IN, 7, embed_scale=3.0), (IDS,), IDS, 3.0),

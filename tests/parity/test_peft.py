@@ -76,6 +76,7 @@ class Case(NamedTuple):
 BIASED = {"attention_bias": True, "mlp_bias": True}
 CASES = {
     "llama": Case("llama", LLAMA | {"embed_tokens": (4, 2.0)}),
+    "llama, padding": Case("llama", LLAMA | {"embed_tokens": (4, 2.0)}, first=0),
     "llama, head": Case("llama", LLAMA | {"embed_tokens": (3, 6.0)}, plain=("lm_head",)),
     "llama, tied head": Case("llama", LLAMA, plain=("lm_head",), model={"tie_word_embeddings": True}),
     "llama, bias": Case("llama", LLAMA, bias=True, model=BIASED),
@@ -91,18 +92,8 @@ CASES = {
 }
 # Above, every alpha / r is a power of two, by which products are exact. Here none is; float64 hides who rounds when.
 DOUBLE = {f"{name}, float64": case.scaled(1.5)._replace(dtype=torch.float64) for name, case in CASES.items()}
-ROUNDED = {f"{name}, rounded": CASES[name].scaled(1.5) for name in ("llama, bias", "gpt2, bias")}
-PADDED = {"llama, padding": CASES["llama"]._replace(first=0)}
-ALL = CASES | DOUBLE | ROUNDED | PADDED
-EXPECTED = dict.fromkeys(ROUNDED, "LoRALinear scales before B, peft after it") | dict.fromkeys(
-    PADDED, "LoRAEmbedding trains the row of padding_idx, peft does not"
-)
-TRAINED = [
-    pytest.param(
-        name, marks=pytest.mark.xfail(reason=EXPECTED[name], raises=AssertionError) if name in EXPECTED else ()
-    )
-    for name in ALL
-]
+ROUNDED = {f"{name}, rounded": case.scaled(1.5) for name, case in CASES.items()}
+ALL = CASES | DOUBLE | ROUNDED
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +203,7 @@ def distance(mine: Tensor, other: Tensor) -> float:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ALL)
 def test_training(name: str) -> None:
     ours, theirs, losses, moved = run(name)
     assert moved > 1e-4
