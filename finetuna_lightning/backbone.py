@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from finetuna_lightning.adapters import matches
+from finetuna_lightning.configs import BackboneConfig
 from finetuna_lightning.errors import BackboneError, FinetunaError, TargetError, did_you_mean
 from finetuna_lightning.files import replacing_folder
 from finetuna_lightning.nn.quantized import (
@@ -96,9 +97,11 @@ def quantize_model_(
     changes nothing.
 
     Raises:
+        ConfigError: for an unknown scheme.
         TargetError: when an entry of ``skip`` matches no module.
         BackboneError: for a weight that is not finite, or a linear subclass with a forward of its own.
     """
+    BackboneConfig(QUICKSTART, scheme=scheme)  # checks it
     left = _skipped(model, skip)
     done: dict[int, tuple[QuantizedWeight, Tensor]] = {}
     for path, module in list(model.named_modules()):
@@ -378,6 +381,7 @@ def load_backbone(
     Raises:
         BackboneError: the checkpoint is missing, incomplete, or of another architecture or scheme.
     """
+    BackboneConfig(name_or_path, scheme=scheme, block_size=block_size, task=task)  # checks them
     folder = resolve_folder(name_or_path)
     config = read_config(name_or_path, revision, trust_remote_code)
     if (Path(folder) / MANIFEST_NAME).is_file():

@@ -116,9 +116,12 @@ def prepare_base_model(
 
     Raises:
         TargetError: a name matches nothing.
-        ConfigError: a module that is to stay is quantised already.
+        ConfigError: a module that is to stay is quantised already, or in another scheme.
     """
     _refuse_finetuned(model)
+    for path, quantized in quantized_layers(model).items():
+        if quantized.scheme != scheme and not do_not_quantize:
+            raise ConfigError(f"{path!r} is quantised already, to {quantized.scheme}: load the base again for {scheme}")
     names = _names("modules_not_to_quantize", modules_not_to_quantize)
     skip = [name for name in names if modules_not_to_quantize is not HEAD or match_modules(model, name)]
     if modules_not_to_quantize is not HEAD:
@@ -138,8 +141,8 @@ def is_prepared(model: nn.Module) -> bool:
 def get_lora_adaptable_modules(
     model: nn.Module, target_modules: Iterable[str | type[nn.Module]] | None = None
 ) -> set[str]:
-    """Names of the layers that can carry a delta, as ``adapt_layers`` takes them: last components (``q_proj``), or the
-    full path where that is a number.
+    """Names of the layers that can carry a delta, as ``adapt_layers`` takes them: last components (``q_proj``), or full
+    paths where those would be numbers, or name others too.
 
     Args:
         model: any module, quantised or not.
@@ -148,14 +151,16 @@ def get_lora_adaptable_modules(
     Raises:
         TargetError: when a name matches no such layer.
     """
-    found = {path: module for path, module in model.named_modules() if path and can_carry_delta(module)}
+    everything = {path: module for path, module in model.named_modules() if path and can_carry_delta(module)}
+    found = everything
     if target_modules is not None:
         given = [target_modules] if isinstance(target_modules, str | type) else list(target_modules)
         classes = tuple(target for target in given if isinstance(target, type))
         named = resolve_targets(model, _names("target_modules", [t for t in given if not isinstance(t, type)]))
-        found = {path: module for path, module in found.items() if path in named or isinstance(module, classes)}
+        found = {p: module for p, module in everything.items() if p in named or isinstance(module, classes)}
+    others = {path.rsplit(".", 1)[-1] for path in everything.keys() - found.keys()}
     ends = {path: path.rsplit(".", 1)[-1] for path in found}
-    return {path if end.isdigit() else end for path, end in ends.items()}
+    return {path if end.isdigit() or end in others else end for path, end in ends.items()}
 
 
 # ---- a fine-tuned model ---------------------------------------------------------------------------------------------
@@ -181,7 +186,8 @@ def new_finetuned(
         adapt_layers: layers that carry deltas; None: every linear layer, ``Conv1D`` and embedding that is not plain.
         plain_layers: modules of which the result has a private copy, trained in full. By default the head, if there is
             one.
-        embedding_config, linear_config: one configuration, or one for each adapted layer by name.
+        embedding_config, linear_config: one configuration, or one for each adapted layer by name; where several names
+            fit a layer, the longest counts.
         modules_not_to_quantize: layers to leave frozen in their own type; they may carry deltas.
         modules_not_to_freeze: as ``plain_layers``.
         do_not_quantize: quantise nothing.
@@ -335,15 +341,26 @@ class Finetuned(nn.Module):
             RuntimeError: with ``strict``, for missing and unexpected names; always, for another shape.
             CheckpointError: the state has tensors of another base.
         """
-        frozen = dict(_frozen(self))
+        frozen = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_CHILD + ".")}
         for name in state_dict.keys() & frozen.keys():
             if not _alike(frozen[name], state_dict[name]):
                 raise CheckpointError(f"the state is of another base: {name!r} differs from this one's")
-        own = {name.removeprefix(_CHILD + "."): t for name, t in state_dict.items() if name not in frozen}
-        return self.finetuna_adapters.load_state_dict(own, strict=strict, assign=assign)
+        return super().load_state_dict({**state_dict, **frozen}, strict=strict, assign=assign)
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write what differs from the base as a PEFT folder, beside and renamed; ``load_finetuned`` reads it."""
+    def requires_grad_(self, requires_grad: bool = True) -> Finetuned:
+        """Freeze or thaw what is this model's own; the base stays frozen."""
+        self.finetuna_adapters.requires_grad_(requires_grad)
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, state_dict: Any = None, **options: Any) -> Path:
+        """Write what differs from the base as a PEFT folder, beside and renamed; ``load_finetuned`` reads it.
+
+        What transformers' ``Trainer`` gives beside the folder is taken and not needed. PEFT itself reads no folder that
+        has deltas on an embedding and biases both.
+        """
+        unknown = options.keys() - {"safe_serialization", "max_shard_size", "is_main_process"}
+        if unknown:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(unknown)!r}")
         adapter = adapter_of(self)
         source = getattr(getattr(self, "config", None), "_name_or_path", None) or None
         adapter.origin |= {"backbone": source, "fingerprint": _fingerprint(self)}
@@ -414,7 +431,9 @@ _CLASSES: dict[type, type] = {}
 def _finetuned_class(cls: type) -> type:
     if cls not in _CLASSES:
         own: dict[str, Any] = {"__module__": cls.__module__}
-        if isinstance(getattr(cls, "dtype", None), property):  # transformers asks the parameters, of which it means all
+        if isinstance(getattr(cls, "device", None), property):  # transformers asks the parameters, and means all
+            own["device"] = property(lambda self: next(p.device for _, p in self.named_parameters()))
+        if isinstance(getattr(cls, "dtype", None), property):
             own["dtype"] = property(
                 lambda self: next(p.dtype for _, p in self.named_parameters() if p.is_floating_point())
             )
@@ -516,9 +535,14 @@ def _targets(model: nn.Module, adapt: list[str] | None, plain: list[str]) -> dic
         if not found and not plain:
             raise TargetError(f"{type(model).__name__} has no linear layer or embedding inside it to adapt")
         return found
+    if not adapt and not plain:
+        raise TargetError("there is nothing to train: name a layer in adapt_layers or plain_layers")
     found = resolve_targets(model, adapt)
     for path in found.keys() & private:
-        raise TargetError(f"{path!r} is both in adapt_layers and among the modules trained in full: choose one")
+        raise TargetError(
+            f"{path!r} is both in adapt_layers and among the modules trained in full: choose one (plain_layers has "
+            "'lm_head' by default; plain_layers=() has none)"
+        )
     return found
 
 
@@ -568,7 +592,7 @@ def _by_path(what: str, given: Any, paths: list[str], cls: type) -> dict[str, An
             raise TargetError(f"{what}: {name!r} names no adapted layer{did_you_mean(name, ends)}")
     chosen: dict[str, Any] = {}
     for path in paths:
-        name = next((name for name, found in named.items() if path in found), None)
+        name = max((name for name, found in named.items() if path in found), key=len, default=None)
         if name is None:
             raise TargetError(f"{what} has no entry for {path!r} (there are: {', '.join(by_name)})")
         chosen[path] = by_name[name]

@@ -14,7 +14,9 @@ delta
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,12 @@ def _config(folder: AdapterFolder) -> dict[str, Any]:
 
 
 def save_folder(path: str | Path, folder: AdapterFolder) -> Path:
-    """Write ``folder`` to ``path``, beside and renamed: a reader sees the old folder or the new one, whole."""
+    """Write ``folder`` to ``path``, beside and renamed: a reader sees the old folder or the new one, whole. Other files
+    that lie there stay."""
+    if Path(path).resolve() == Path.cwd():
+        raise CheckpointError(
+            f"an adapter needs a folder of its own, not the working directory: '{path}/adapter' would do"
+        )
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in folder.plain.items()}
     for module, parts in folder.deltas.items():
         for kind, tensor in parts.items():
@@ -116,6 +123,9 @@ def save_folder(path: str | Path, folder: AdapterFolder) -> Path:
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | ({"backbone_fingerprint": folder.fingerprint} if folder.fingerprint else {})
     with replacing_folder(path) as beside:
+        if Path(path).is_dir():
+            ours = shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME)
+            shutil.copytree(path, beside, ignore=ours, copy_function=os.link, dirs_exist_ok=True)
         save_file(tensors, beside / WEIGHTS_NAME, metadata=metadata)
         _sort_metadata(beside / WEIGHTS_NAME)
         (beside / CONFIG_NAME).write_text(json.dumps(_config(folder), indent=2) + "\n")

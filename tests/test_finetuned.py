@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import threading
@@ -127,6 +128,10 @@ def test_parameters_are_what_it_trains() -> None:
     assert {id(p) for p in model.parameters()} == {id(p) for n, p in model.named_parameters() if n in names}
     assert not any(p.requires_grad for p in base.parameters())
     assert model.dtype == base.dtype and model.device == base.device
+    model.requires_grad_(False)
+    assert not list(model.parameters()) and model.device == base.device
+    model.requires_grad_(True)
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_model_that_is_let_go_is_gone() -> None:
@@ -229,8 +234,8 @@ def test_configurations_by_name() -> None:
         make(),
         adapt_layers=["q_proj", "v_proj", "embed_tokens"],
         linear_config={
-            "layers.1.self_attn.q_proj": ft.LinearAdapterConfig(r=6),
             "q_proj": ft.LinearAdapterConfig(r=2, alpha=8, dropout=0.5),
+            "layers.1.self_attn.q_proj": ft.LinearAdapterConfig(r=6),
             "v_proj": ft.LinearAdapterConfig(r=3, bias=False),
         },
         embedding_config=ft.EmbeddingAdapterConfig(r=5, alpha=2),
@@ -282,6 +287,8 @@ def test_adaptable_modules() -> None:
     }
     assert ft.get_lora_adaptable_modules(base, [nn.Embedding, "q_proj"]) == {"embed_tokens", "q_proj"}
     assert ft.get_lora_adaptable_modules(plain_net()) == {"table", "block.0", "block.2", "first", "second", "head"}
+    first = ft.get_lora_adaptable_modules(base, [r".*layers\.0\.mlp.*"])  # a last component would name more
+    assert first == {f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate", "down")}
     with pytest.raises(TargetError, match="did you mean 'q_proj'"):
         ft.get_lora_adaptable_modules(base, ["q_porj"])
 
@@ -398,6 +405,9 @@ EDGES: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "rank": (lambda b: ft.LinearAdapterConfig(r=0), ConfigError, "r must be an integer >= 1, not 0"),
     "alpha": (lambda b: ft.EmbeddingAdapterConfig(alpha=0), ConfigError, "alpha must be a number > 0"),
     "dropout": (lambda b: ft.LinearAdapterConfig(dropout=1.0), ConfigError, "dropout must be a number >= 0 and < 1"),
+    "no such scheme": (lambda b: ft.prepare_base_model(make(), scheme="int4"), ConfigError, "did you mean 'int8'"),
+    "another scheme": (lambda b: ft.prepare_base_model(b, scheme="fp8"), ConfigError, "quantised already, to int8"),
+    "nothing to train": (lambda b: ft.new_finetuned(b, (), ()), TargetError, "nothing to train"),
     "twice": (lambda b: ft.new_finetuned(ft.new_finetuned(b)), ConfigError, "give the base that it was made from"),
     "nothing to adapt": (lambda b: ft.new_finetuned(nn.Sequential(nn.ReLU())), TargetError, "to adapt"),
     "the layer itself": (lambda b: ft.new_finetuned(nn.Linear(4, 4)), TargetError, "to adapt"),
@@ -712,7 +722,7 @@ def test_states_that_do_not_fit() -> None:
     other = ft.new_finetuned(base)
     with pytest.raises(RuntimeError, match="Missing key"):
         ft.load_state_dict(other, fewer)
-    assert ft.load_state_dict(other, fewer, strict=False).missing_keys == [key.removeprefix("finetuna_adapters.")]
+    assert ft.load_state_dict(other, fewer, strict=False).missing_keys == [key]
     with pytest.raises(RuntimeError, match="Unexpected key"):
         ft.load_state_dict(other, state | {"what": state[key]})
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -733,6 +743,12 @@ def test_folders(tmp_path: Path) -> None:
     )  # fmt: skip
     excite(adapter_of(model))
     model.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "notes").mkdir()
+    (tmp_path / "one" / "notes" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "one", state_dict=model.state_dict(), safe_serialization=True)  # as a Trainer does
+    assert (tmp_path / "one" / "notes" / "README.md").read_text() == "mine"
+    with contextlib.chdir(tmp_path / "one"), pytest.raises(CheckpointError, match="a folder of its own"):
+        model.save_pretrained(".")
     again = ft.load_finetuned(base, tmp_path / "one")
     assert torch.equal(logits(again), logits(model)) and ranks(again) == ranks(model)
     bank = AdapterBank(ft.prepare_base_model(make()))

@@ -236,7 +236,8 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     (tmp_path / "a" / "stray").write_text("x")
     excite(bank["a"], seed=1)
     bank["a"].save_pretrained(tmp_path / "a")  # type: ignore[union-attr, operator]
-    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [CONFIG_NAME, WEIGHTS_NAME, "stray"]
+    assert (tmp_path / "a" / "stray").read_text() == "x"  # a user's file is not ours to delete
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     parameter = bank["a"].deltas["model/layers/0/self_attn/q_proj"].lora_A  # type: ignore[union-attr, index]
     assert torch.equal(load_file(tmp_path / "a" / WEIGHTS_NAME)[key], parameter)

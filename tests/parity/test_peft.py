@@ -218,8 +218,8 @@ def test_training(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_our_folder_in_peft(name: str, tmp_path: Path) -> None:
     trained = run(name)
-    trained.ours.save_pretrained(tmp_path)  # type: ignore[operator]
-    again = peft.PeftModel.from_pretrained(model_of(ALL[name]), str(tmp_path)).eval()
+    trained.ours.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
+    again = peft.PeftModel.from_pretrained(model_of(ALL[name]), str(tmp_path / "adapter")).eval()
     assert distance(logits(again, name), logits(trained.ours, name)) <= CLOSE
 
 
