@@ -82,7 +82,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "optim",
         {"name": "adam"},
-        "optim.name must be one of adamw, adamw8bit, paged_adamw8bit, not 'adam'; did you mean 'adamw'?",
+        "sgd, adafactor, not 'adam'; did you mean 'adamw'?",
     ),
     ("optim", {"betas": [0.9]}, "optim.betas must be two numbers, not [0.9]"),
     ("optim", {"betas": 0.9}, "optim.betas must be two numbers, not 0.9"),

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from finetuna_lightning.configs import AdapterConfig, OptimConfig
 from finetuna_lightning.training.optim import (
+    AdapterOptimizers,
+    AdapterSchedules,
     build_optimizer,
-    build_scheduler,
-    clip_each_group,
     optimizer_bytes,
     schedule_factor,
 )
@@ -33,16 +33,26 @@ def parameters(size: int = 4) -> dict[str, list[nn.Parameter]]:
 
 
 def optimizer_of(
-    owned: Mapping[str, list[nn.Parameter]], name: str = "adamw", configs: Mapping[str, AdapterConfig] = CONFIGS
-) -> Optimizer:
-    return build_optimizer(owned, configs, OptimConfig(name=name, betas=[0.8, 0.9], eps=1e-6))
+    owned: Mapping[str, list[nn.Parameter]],
+    name: str = "adamw",
+    configs: Mapping[str, AdapterConfig] = CONFIGS,
+    total_steps: float = math.inf,
+) -> AdapterOptimizers:
+    return build_optimizer(owned, configs, OptimConfig(name=name, betas=[0.8, 0.9], eps=1e-6), total_steps)
+
+
+def give(optimizer: AdapterOptimizers, **values: float) -> None:
+    """Gradients of one value everywhere, for the adapters of ``values``."""
+    for name, value in values.items():
+        for parameter in optimizer.optimizers[name].param_groups[0]["params"]:
+            parameter.grad = torch.full_like(parameter, value)
 
 
 def test_each_adapter_is_a_group_with_its_own_settings() -> None:
     owned = parameters()
     owned["sql"].append(nn.Parameter(torch.ones(3), requires_grad=False))
     optimizer = optimizer_of(owned)
-    assert type(optimizer) is torch.optim.AdamW
+    assert {type(one) for one in optimizer.optimizers.values()} == {torch.optim.AdamW}
     assert [group["name"] for group in optimizer.param_groups] == ["sql", "legal"]
     for group in optimizer.param_groups:
         config = CONFIGS[group["name"]]
@@ -72,11 +82,11 @@ def test_a_schedule_warms_up_and_decays(kind: str, warmup: int, total: int, expe
 
 def test_one_scheduler_moves_every_group_along_its_own_schedule() -> None:
     optimizer = optimizer_of(parameters())
-    scheduler = build_scheduler(optimizer, CONFIGS, total_steps=100)
-    assert len(scheduler.lr_lambdas) == 2
+    scheduler = AdapterSchedules(optimizer)
     rates = []
     for _ in range(5):
         rates.append([group["lr"] for group in optimizer.param_groups])
+        give(optimizer, sql=1.0, legal=1.0)
         optimizer.step()
         scheduler.step()
     sql, legal = zip(*rates, strict=True)
@@ -86,25 +96,25 @@ def test_one_scheduler_moves_every_group_along_its_own_schedule() -> None:
 
 def test_a_schedule_ends_with_the_trainer_where_that_is_earlier() -> None:
     configs = {"legal": AdapterConfig(lr=1.0, schedule="linear", max_steps=100)}
-    optimizer = optimizer_of({"legal": parameters()["legal"]}, configs=configs)
-    scheduler = build_scheduler(optimizer, configs, total_steps=2)
+    optimizer = optimizer_of({"legal": parameters()["legal"]}, configs=configs, total_steps=2)
+    scheduler = AdapterSchedules(optimizer)
+    give(optimizer, legal=1.0)
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
-def with_gradients(values: Mapping[str, float]) -> tuple[dict[str, list[nn.Parameter]], Optimizer]:
+def with_gradients(**values: float) -> tuple[dict[str, list[nn.Parameter]], AdapterOptimizers]:
     """Gradients of one value everywhere, for the adapters of ``values``."""
     owned = parameters()
-    for name, value in values.items():
-        for parameter in owned[name]:
-            parameter.grad = torch.full_like(parameter, value)
-    return owned, optimizer_of(owned)
+    optimizer = optimizer_of(owned)
+    give(optimizer, **values)
+    return owned, optimizer
 
 
 def test_each_norm_is_clipped_by_itself() -> None:
-    owned, optimizer = with_gradients({"sql": 2.0, "legal": 100.0})
-    norms = clip_each_group(optimizer)
+    owned, optimizer = with_gradients(sql=2.0, legal=100.0)
+    norms = optimizer.clip()
     assert {name: float(norm) for name, norm in norms.items()} == pytest.approx(
         {"sql": 2 * math.sqrt(12), "legal": 100 * math.sqrt(12)}  # twelve numbers each; before clipping
     )
@@ -114,23 +124,23 @@ def test_each_norm_is_clipped_by_itself() -> None:
 
 
 def test_a_small_norm_is_left_alone() -> None:
-    owned, optimizer = with_gradients({"sql": 0.1})
-    clip_each_group(optimizer)
+    owned, optimizer = with_gradients(sql=0.1)
+    optimizer.clip()
     assert all(bool((p.grad == 0.1).all()) for p in owned["sql"])  # type: ignore[union-attr]
 
 
 def test_nan_in_one_adapter_stays_there() -> None:
-    owned, optimizer = with_gradients({"sql": 2.0, "legal": math.nan})
-    assert math.isnan(clip_each_group(optimizer)["legal"])
+    owned, optimizer = with_gradients(sql=2.0, legal=math.nan)
+    assert math.isnan(optimizer.clip()["legal"])
     assert all(bool(p.grad.isfinite().all()) for p in owned["sql"])  # type: ignore[union-attr]
 
 
 def test_an_adapter_without_gradients_has_no_norm() -> None:
-    _, optimizer = with_gradients({"sql": 2.0})
-    assert list(clip_each_group(optimizer)) == ["sql"]
+    _, optimizer = with_gradients(sql=2.0)
+    assert list(optimizer.clip()) == ["sql"]
 
 
-def stepped(name: str, size: int) -> tuple[dict[str, list[nn.Parameter]], Optimizer]:
+def stepped(name: str, size: int) -> tuple[dict[str, list[nn.Parameter]], AdapterOptimizers]:
     owned = parameters(size)
     generator = torch.Generator().manual_seed(0)
     optimizer = optimizer_of(owned, name)
@@ -164,7 +174,7 @@ def tensors(state: Any) -> Iterator[Tensor]:
 def test_eight_bit_adamw_follows_adamw_in_a_quarter_of_the_bytes(name: str, kind: type[Optimizer]) -> None:
     size = 8192  # bitsandbytes keeps the state of parameters below 4,096 elements in 32 bits
     (mine, optimizer), (theirs, full) = stepped(name, size), stepped("adamw", size)
-    assert type(optimizer) is kind
+    assert {type(one) for one in optimizer.optimizers.values()} == {kind}
     assert [group["name"] for group in optimizer.param_groups] == ["sql", "legal"]
     for owner in CONFIGS:
         for a, b in zip(mine[owner], theirs[owner], strict=True):
