@@ -96,6 +96,7 @@ class AdapterOptimizers(Optimizer):
         self.turns = dict(turns)
         self._noted: set[str] = set()
         self._norms: dict[str, Tensor] = {}
+        self._loaded: dict[str, dict[int, Tensor]] = {}  # gradients of a checkpoint, until their adapter's next batch
         self._late: list[tuple[str, LateVerdict]] = []
         super().__init__([{}], {})
 
@@ -137,6 +138,7 @@ class AdapterOptimizers(Optimizer):
 
     def note(self, name: str, finite: Tensor) -> None:
         """Adapter ``name`` has rows in this batch; ``finite``: whether its loss is, a 0-dim bool on its device."""
+        self._put_back(name)
         turn = self.turns[name]
         turn.finite = finite if turn.finite is None else turn.finite & finite
         self._noted.add(name)
@@ -223,6 +225,7 @@ class AdapterOptimizers(Optimizer):
         """Forget what adapter ``name`` has accumulated."""
         self.turns[name].pending, self.turns[name].finite = 0, None
         self._noted.discard(name)
+        self._loaded.pop(name, None)
         self.optimizers[name].zero_grad()
 
     # ---- learning rates ----
@@ -244,7 +247,9 @@ class AdapterOptimizers(Optimizer):
         saved = {}
         for name, optimizer in self.optimizers.items():
             turn, waiting = self.turns[name], name in self._noted or self.turns[name].pending > 0
-            gradients = {i: p.grad for i, p in enumerate(self._parameters(name)) if p.grad is not None}
+            gradients = self._loaded.get(name) or {
+                i: p.grad for i, p in enumerate(self._parameters(name)) if p.grad is not None
+            }
             saved[name] = {
                 "kind": type(optimizer).__name__,
                 "state": optimizer.state_dict()["state"],
@@ -281,14 +286,20 @@ class AdapterOptimizers(Optimizer):
         turn = self.turns[name]
         for what in _COUNTS:
             setattr(turn, what, mine[what])
-        parameters = self._parameters(name)
-        for index, gradient in mine["gradients"].items():
-            parameters[index].grad = gradient.to(parameters[index].device)
+        self._loaded[name] = dict(mine["gradients"])
         waiting = mine["noted"] or turn.pending > 0
-        turn.finite = torch.tensor(mine["finite"], device=parameters[0].device) if waiting else None
+        device = self._parameters(name)[0].device
+        turn.finite = torch.tensor(mine["finite"], device=device) if waiting else None
         if mine["noted"]:
             self._noted.add(name)
         self._set_rate(name)
+
+    def _put_back(self, name: str) -> None:
+        """The accumulated gradients of a checkpoint, once the batch comes that adds to them: Lightning clears all
+        gradients when a fit starts."""
+        parameters = self._parameters(name)
+        for index, gradient in self._loaded.pop(name, {}).items():
+            parameters[index].grad = gradient.to(parameters[index].device, copy=True)
 
 
 class AdapterSchedules(LRScheduler):

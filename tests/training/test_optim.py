@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -13,10 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from finetuna_lightning.configs import AdapterConfig, OptimConfig
+from finetuna_lightning.errors import ConfigError
 from finetuna_lightning.training.optim import (
     AdapterOptimizers,
     AdapterSchedules,
     build_optimizer,
+    check_optimizer,
     optimizer_bytes,
     schedule_factor,
 )
@@ -181,3 +186,182 @@ def test_eight_bit_adamw_follows_adamw_in_a_quarter_of_the_bytes(name: str, kind
             assert float((a - b).detach().norm()) < 0.05 * float((b - 1).detach().norm())
             assert sum(tensor.dtype == torch.uint8 for tensor in tensors(optimizer.state[a])) == 2
     assert optimizer_bytes(optimizer)["legal"] < 0.3 * optimizer_bytes(full)["legal"]
+
+
+# ---- an optimizer of one's own ---------------------------------------------------------------------------------------
+
+KINDS = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adafactor": torch.optim.Adafactor,
+    "lion": bitsandbytes.optim.Lion,
+    "adamw8bit": bitsandbytes.optim.AdamW8bit,
+    "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
+    "lion8bit": bitsandbytes.optim.Lion8bit,
+    "paged_lion8bit": bitsandbytes.optim.PagedLion8bit,
+}
+pages = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+
+
+def random_steps(optimizer: AdapterOptimizers, seeds: range) -> None:
+    """A step for each seed, with gradients that depend on it and the adapter's name."""
+    for seed in seeds:
+        for name, own in optimizer.optimizers.items():
+            generator = torch.Generator().manual_seed(1000 * seed + sum(name.encode()))
+            for parameter in own.param_groups[0]["params"]:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        set_rates(optimizer)
+
+
+def set_rates(optimizer: AdapterOptimizers) -> None:
+    """As ``AdapterSchedules.step`` does."""
+    for name, own in optimizer.optimizers.items():
+        own.param_groups[0]["lr"] = optimizer.rate(name)
+
+
+@pages
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_s_own_optimizer_is_that_class_by_itself(kind: str) -> None:
+    """Bit for bit, beside one of another class, with its own settings or the class's."""
+    mine = AdapterConfig(lr=0.1, optimizer=kind, max_grad_norm=None, weight_decay=0.1, schedule="constant")
+    configs = {**CONFIGS, "sql": mine}
+    owned = parameters(5000)
+    optimizer = optimizer_of(owned, "adamw", configs)
+    assert type(optimizer.optimizers["sql"]) is KINDS[kind]
+    assert type(optimizer.optimizers["legal"]) is torch.optim.AdamW
+    twin = parameters(5000)["sql"]
+    shared = {"betas": (0.8, 0.9), "eps": 1e-6} if kind == "adamw" else {}
+    alone = KINDS[kind](twin, lr=0.1, weight_decay=0.1, **shared)  # type: ignore[arg-type]
+    random_steps(optimizer, range(3))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(1000 * seed + sum(b"sql"))
+        for parameter in twin:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        alone.step()
+    assert all(torch.equal(a, b) for a, b in zip(owned["sql"], twin, strict=True))
+    assert optimizer_bytes(optimizer)["sql"] > 0 or kind == "sgd"  # which has no state without momentum
+
+
+def test_settings_fall_back_to_the_shared_ones_of_the_same_optimizer() -> None:
+    configs = {
+        "sql": AdapterConfig(betas=[0.1, 0.2]),
+        "legal": AdapterConfig(optimizer="lion8bit"),
+        "code": AdapterConfig(optimizer="sgd", momentum=0.5),
+    }
+    owned = {name: [nn.Parameter(torch.ones(3))] for name in configs}
+    groups = {group["name"]: group for group in optimizer_of(owned, configs=configs).param_groups}
+    assert (groups["sql"]["betas"], groups["sql"]["eps"]) == ((0.1, 0.2), 1e-6)
+    assert groups["legal"]["betas"] == (0.9, 0.99)  # Lion's, and not the shared AdamW's
+    assert groups["code"]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": "sgd", "betas": [0.9, 0.99]}, r"adapter 'sql': adapter.betas is set, but sgd .*: momentum"),
+        ({"optimizer": "lion", "eps": 1e-6}, r"adapter.eps is set, but lion does not take it \(its settings: betas"),
+        ({"momentum": 0.9}, "adapter.momentum is set, but adamw does not take it"),
+        ({"optimizer": "adafactor", "eps": 1e-3}, "none of its own"),
+    ],
+)
+def test_a_setting_that_the_optimizer_does_not_take_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_optimizer("sql", AdapterConfig(**fields), OptimConfig())
+
+
+# ---- state by name ---------------------------------------------------------------------------------------------------
+
+
+def company(*names: str, **kinds: str) -> AdapterOptimizers:
+    """Adapters whose weights depend on their names alone."""
+    owned, configs = {}, {}
+    for name in names:
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        owned[name] = [nn.Parameter(torch.randn(size, generator=generator)) for size in (5000, 7)]
+        configs[name] = AdapterConfig(lr=0.1, optimizer=kinds.get(name), accumulate=2 if name == "b" else 1)
+    return build_optimizer(owned, configs, OptimConfig(), total_steps=10)
+
+
+def values(optimizer: AdapterOptimizers, name: str) -> list[Tensor]:
+    return [p.detach().clone() for p in optimizer.optimizers[name].param_groups[0]["params"]]
+
+
+@pages
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("names", ["abc", "cba", "ac", "cab", "axbc", "b"])
+def test_state_is_kept_by_name(kind: str, names: str) -> None:
+    """With adapters more, fewer and in another order; b amid an accumulation; each goes on as in the run that was not
+    interrupted, bit for bit, and a new one as a new one does."""
+    kinds = {"a": kind}
+    whole = company(*"abc", **kinds)
+    random_steps(whole, range(5))
+    first = company(*"abc", **kinds)
+    random_steps(first, range(3))
+    saved = copy.deepcopy(first.state_dict())
+    second = company(*names, **kinds)
+    for name in set(names) & set("abc"):
+        for mine, theirs in zip(second.optimizers[name].param_groups[0]["params"], values(first, name), strict=True):
+            mine.data.copy_(theirs)
+    second.load_state_dict(saved)
+    for seed in (3, 4):
+        for name in names:  # the sum of what waits and what comes, as backward makes it
+            second.note(name, torch.tensor(True))
+            generator = torch.Generator().manual_seed(1000 * seed + sum(name.encode()))
+            for parameter in second.optimizers[name].param_groups[0]["params"]:
+                new = torch.randn(parameter.shape, generator=generator)
+                waits = name == "b" and parameter.grad is not None and second.turns["b"].pending
+                parameter.grad = parameter.grad * 0 + new if waits else new
+        second.step()
+        set_rates(second)
+    for name in names:
+        if name in "abc":
+            assert all(torch.equal(m, t) for m, t in zip(values(second, name), values(whole, name), strict=True))
+            assert second.turns[name].steps == whole.turns[name].steps
+    if "x" in names:
+        assert second.turns["x"].steps == 2
+
+
+def test_accumulated_gradients_come_back_with_the_next_batch() -> None:
+    first, second = company("b"), company("b")
+    give(first, b=3.0)
+    first.note("b", torch.tensor(True))
+    first.step()  # one of two
+    saved = copy.deepcopy(first.state_dict())
+    second.load_state_dict(saved)
+    assert second.state_dict()["adapters"]["b"]["gradients"].keys() == {0, 1}  # also before it is put back
+    second.note("b", torch.tensor(True))
+    assert all(bool((p.grad == 3.0).all()) for p in second.optimizers["b"].param_groups[0]["params"])
+    second.zero_grad()  # it waits
+    assert all(p.grad is not None for p in second.optimizers["b"].param_groups[0]["params"])
+    second.step()
+    assert second.turns["b"].steps == 1
+    second.zero_grad()
+    assert all(p.grad is None for p in second.optimizers["b"].param_groups[0]["params"])
+
+
+def test_what_is_new_or_gone_or_changed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    first = company("a", "b", "c")
+    random_steps(first, range(2))
+    second = company("a", "c", "new", c="sgd")
+    with caplog.at_level(logging.INFO):
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "the checkpoint's optimizer state of adapter 'b' is passed over: it is not here",
+        "adapter 'c' was trained by AdamW and is now by SGD, whose state starts afresh",
+        "adapter 'new' is not in the checkpoint: its optimizer starts afresh",
+    ]
+    assert (second.turns["a"].steps, second.turns["c"].steps, second.turns["new"].steps) == (2, 2, 0)
+    assert {name: group["lr"] for name, group in zip("acn", second.param_groups, strict=True)} == pytest.approx(
+        {"a": 0.08, "c": 0.08, "n": 0.1}  # a linear schedule over ten steps
+    )
+
+
+def test_a_checkpoint_can_be_read_without_trusting_it(tmp_path: Path) -> None:
+    optimizer = company("a", "b", a="lion8bit")
+    random_steps(optimizer, range(3))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    again = company("b", "a", a="lion8bit")
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.turns["a"].steps == 3
