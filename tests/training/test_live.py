@@ -277,6 +277,14 @@ def test_a_resume_amid_an_accumulation_is_exact(tmp_path: Path, trainers: int) -
     assert same(weights, whole)
 
 
+def test_one_that_is_stopped_amid_an_accumulation_keeps_nothing_waiting(tmp_path: Path) -> None:
+    stop = At(3, lambda _, module: module.stop_adapter("x", "enough"))
+    module, _ = run(tmp_path, settings(["x", "y"], x={"accumulate": 2}), stop)
+    assert module.adapter_report()["x"] == {"steps": 1, "skipped": 0, "state": "enough"}
+    assert module.optimizer.state_dict()["adapters"]["x"]["gradients"] == {}
+    assert all(p.grad is None for p in module.adapters["x"].parameters())
+
+
 def test_a_resume_with_more_steps_goes_on_at_once(tmp_path: Path) -> None:
     """The schedule had come to zero; the new one has not."""
     batches = tiny_batches(["x", "y"], 4)
