@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:
     )
     from finetuna_lightning.nn.routing import Route, checkpoint_contexts
     from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
+    from finetuna_lightning.training.callbacks.early_stopping import AdapterEarlyStopping
     from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
     from finetuna_lightning.training.callbacks.memory import AdapterMemoryMonitor
     from finetuna_lightning.training.callbacks.progress import AdapterProgress
@@ -43,6 +44,7 @@ _HOMES = {
     "AdapterCheckpoint": "training.callbacks.checkpoint",
     "AdapterConfig": "configs",
     "AdapterDataModule": "training.data",
+    "AdapterEarlyStopping": "training.callbacks.early_stopping",
     "AdapterMemoryMonitor": "training.callbacks.memory",
     "AdapterProgress": "training.callbacks.progress",
     "BackboneConfig": "configs",
@@ -75,6 +77,7 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterConfig",
     "AdapterDataModule",
+    "AdapterEarlyStopping",
     "AdapterMemoryMonitor",
     "AdapterProgress",
     "BackboneConfig",

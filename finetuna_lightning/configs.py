@@ -17,7 +17,12 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 TASKS = ("causal-lm", "sequence-classification", "seq2seq-lm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+# each with what it takes besides a learning rate and a weight decay
+OPTIMIZERS = {
+    "adamw": ("betas", "eps"), "adamw8bit": ("betas", "eps"), "paged_adamw8bit": ("betas", "eps"),
+    "lion": ("betas",), "lion8bit": ("betas",), "paged_lion8bit": ("betas",),
+    "sgd": ("momentum",), "adafactor": (),
+}  # fmt: skip
 DATA_KINDS = ("auto", "text", "prompt", "chat", "classification")
 ALL_LINEAR = "all-linear"
 
@@ -174,9 +179,16 @@ class AdapterConfig:
         lr: peak learning rate.
         weight_decay: decoupled weight decay.
         schedule: ``constant``, ``linear`` or ``cosine`` (both decay to zero at ``max_steps``).
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
         max_steps: optimizer steps of this adapter; None trains as long as the trainer does.
         max_grad_norm: clip this adapter's own gradient norm; None does not clip.
+        accumulate: batches of this adapter in one optimizer step of it, whose gradient is the mean of theirs. It counts
+            on across epochs; steps, schedule, warm-up and ``max_steps`` count this adapter's own optimizer steps.
+        optimizer: another one than ``OptimConfig.name``, of the same choices.
+        betas, eps, momentum: of this adapter's optimizer. Empty or None: those of ``OptimConfig`` where the
+            optimizer is that one, else the optimizer's own defaults.
+        max_bad_steps: a step whose loss or gradient is not finite is skipped; after so many in a row the adapter leaves
+            the training, with its weights as before the first of them.
         seed: of this adapter's initialisation, dropout and data order; None derives it from the run's seed.
     """
 
@@ -192,6 +204,12 @@ class AdapterConfig:
     warmup_steps: int = 0
     max_steps: int | None = None
     max_grad_norm: float | None = 1.0
+    accumulate: int = 1
+    optimizer: str | None = None
+    betas: list[float] = field(default_factory=list)
+    eps: float | None = None
+    momentum: float | None = None
+    max_bad_steps: int = 3
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -206,6 +224,11 @@ class AdapterConfig:
             _number("adapter.max_steps", self.max_steps, 1, integer=True)
         if self.max_grad_norm is not None:
             _number("adapter.max_grad_norm", self.max_grad_norm, 0)
+        _number("adapter.accumulate", self.accumulate, 1, integer=True)
+        _number("adapter.max_bad_steps", self.max_bad_steps, 1, integer=True)
+        if self.optimizer is not None:
+            _choice("adapter.optimizer", self.optimizer, tuple(OPTIMIZERS))
+        _optimizer_settings("adapter", self.betas or None, self.eps, self.momentum)
         if self.seed is not None:
             _number("adapter.seed", self.seed, 0, integer=True)
         self.target_modules = _names("adapter.target_modules", self.target_modules)
@@ -218,24 +241,57 @@ class AdapterConfig:
 
 @dataclass
 class OptimConfig:
-    """The one optimizer over all adapters; learning rate, decay and schedule belong to each adapter.
+    """The optimizer of every adapter that names none; learning rate, decay and schedule belong to each adapter.
 
     Args:
-        name: ``adamw`` (torch), ``adamw8bit`` or ``paged_adamw8bit`` (bitsandbytes).
-        betas, eps: as in AdamW.
+        name: ``adamw``, ``sgd`` or ``adafactor`` (torch), ``lion``, or with state in 8 bits ``adamw8bit`` and
+            ``lion8bit``, and these with state that is paged to the host, ``paged_adamw8bit`` and ``paged_lion8bit``
+            (bitsandbytes).
+        betas, eps: of AdamW and, without eps, of Lion.
+        momentum: of SGD.
     """
 
     name: str = "adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        _choice("optim.name", self.name, OPTIMIZERS)
-        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-            raise ConfigError(f"optim.betas must be two numbers, not {self.betas!r}")
-        for beta in self.betas:
-            _number("optim.betas", beta, 0, 1)
-        _number("optim.eps", self.eps, 0)
+        _choice("optim.name", self.name, tuple(OPTIMIZERS))
+        _optimizer_settings("optim", self.betas or [], self.eps, self.momentum)
+
+
+def _optimizer_settings(where: str, betas: Any, eps: float | None, momentum: float | None) -> None:
+    if betas is not None:
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ConfigError(f"{where}.betas must be two numbers, not {betas!r}")
+        for beta in betas:
+            _number(f"{where}.betas", beta, 0, 1)
+    if eps is not None:
+        _number(f"{where}.eps", eps, 0)
+    if momentum is not None:
+        _number(f"{where}.momentum", momentum, 0, 1)
+
+
+def optimizer_settings(adapter: AdapterConfig, optim: OptimConfig) -> tuple[str, dict[str, Any]]:
+    """The optimizer of one adapter and its settings: the adapter's own; else the shared ones, where it is the shared
+    optimizer; else none, which leaves the optimizer's defaults.
+
+    Raises:
+        ConfigError: for a setting of the adapter that its optimizer does not take.
+    """
+    kind = adapter.optimizer or optim.name
+    settings: dict[str, Any] = {}
+    for what in ("betas", "eps", "momentum"):
+        own = getattr(adapter, what)
+        own = None if own == [] else own
+        if what not in OPTIMIZERS[kind]:
+            if own is not None:
+                takes = " and ".join(OPTIMIZERS[kind]) or "none of its own"
+                raise ConfigError(f"adapter.{what} is set, but {kind} does not take it (its settings: {takes})")
+        elif own is not None or kind == optim.name:
+            settings[what] = getattr(optim, what) if own is None else own
+    return kind, settings
 
 
 @dataclass

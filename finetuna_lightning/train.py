@@ -112,14 +112,17 @@ def _report(plain: dict[str, Any], trainer: Any, started: float) -> None:
     if data.evaluation_sets("val"):
         matrix = report.evaluate_on_every_set(module, data, max_batches=plain["report_batches"])
         console.print(report.perplexity_table(matrix, metric))
+    training = module.adapter_report()
+    console.print(report.training_table(training))
     samples = _samples(module, plain["samples"] or {})
     if samples:
         console.print(report.sample_table(samples))
     seconds = round(time.monotonic() - started, 1)
+    figures = {"seconds": seconds, "steps": trainer.global_step, "training": training}
     if memory is not None and progress is not None and matrix:
         paths = report.write_report(
             folder, history=progress.history, matrix=matrix, memory=memory.report(), val_history=progress.val_history,
-            metric=metric, samples=samples, extra={"seconds": seconds, "steps": trainer.global_step},
+            metric=metric, samples=samples, extra=figures,
         )  # fmt: skip
         console.print(f"report    {paths['png']} and {paths['json'].name}", highlight=False, soft_wrap=True)
     if saved is not None:

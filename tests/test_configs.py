@@ -82,12 +82,20 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "optim",
         {"name": "adam"},
-        "optim.name must be one of adamw, adamw8bit, paged_adamw8bit, not 'adam'; did you mean 'adamw'?",
+        "sgd, adafactor, not 'adam'; did you mean 'adamw'?",
     ),
     ("optim", {"betas": [0.9]}, "optim.betas must be two numbers, not [0.9]"),
     ("optim", {"betas": 0.9}, "optim.betas must be two numbers, not 0.9"),
     ("optim", {"betas": [0.9, 1.0]}, "optim.betas must be a number >= 0 and < 1, not 1.0"),
     ("optim", {"eps": -1e-8}, "optim.eps"),
+    ("optim", {"betas": []}, "optim.betas must be two numbers, not []"),
+    ("optim", {"momentum": 1.0}, "optim.momentum must be a number >= 0 and < 1"),
+    ("adapter", {"accumulate": 0}, "adapter.accumulate must be an integer >= 1, not 0"),
+    ("adapter", {"max_bad_steps": 0}, "adapter.max_bad_steps must be an integer >= 1"),
+    ("adapter", {"optimizer": "lion8bits"}, "adapter.optimizer must be one of"),
+    ("adapter", {"betas": [0.9]}, "adapter.betas must be two numbers"),
+    ("adapter", {"eps": -1.0}, "adapter.eps must be a number >= 0"),
+    ("adapter", {"momentum": -0.1}, "adapter.momentum must be a number >= 0"),
 ]
 
 

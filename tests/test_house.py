@@ -35,12 +35,14 @@ HOUSE = """
     3  backbone.py
     4  finetuned.py
     5  training/precision.py
-    5  training/optim.py
     5  training/sources.py
     5  training/tokenizing.py
+    5  training/quarantine.py
+    5  training/optim.py
     5  training/loader.py
     5  training/data.py
     5  training/metrics.py
+    5  training/live.py
     5  training/module.py
     5  training/plots.py
     5  training/report.py

@@ -106,6 +106,33 @@ class AdapterDataModule(LightningDataModule):
             raise ConfigError("the data is not set up: call setup() first, or let the trainer do it")
         return {name: sets[split] for name, sets in self._sets.items() if sets[split]}
 
+    def join(self, name: str, source: DataConfig, info: BackboneInfo) -> None:
+        """Take in the data of one more adapter; in a fit its rows come with the next batch.
+
+        Raises:
+            ConfigError: for an adapter that has data already.
+            DataError: naming the adapter, and the file and line, at fault. Nothing is changed then.
+        """
+        if name in self.sources:
+            raise ConfigError(f"adapter {name!r} has data already")
+        config = _config(name, source)
+        if self.tokenizer is not None:
+            info = replace(info, tokenizer=self.tokenizer)
+        with _named(name):
+            check_files(config)
+            sets = self._prepare(name, config, info)
+        self.sources[name], self._sets[name] = config, sets
+        if self._train_loader is not None:
+            size = config.batch_size or self.batch_size
+            self._train_loader.join(name, sets["train"], size, self._order_seed(name), config.shuffle)
+
+    def leave(self, name: str) -> None:
+        """Let the data of an adapter go."""
+        del self.sources[name], self._sets[name]
+        self.label_names.pop(name, None)
+        if self._train_loader is not None:
+            self._train_loader.leave(name)
+
     def train_dataloader(self) -> JointLoader:
         """One loader for the whole fit, so that reloading it between epochs loses no position."""
         if self._train_loader is None:

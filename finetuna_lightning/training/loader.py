@@ -101,12 +101,25 @@ class JointLoader:
         for name, rows in examples.items():
             if name not in batch_sizes or name not in seeds:
                 raise ConfigError(f"adapter {name!r} has examples but no batch size or no seed")
-            if batch_sizes[name] < 1:
-                raise ConfigError(f"the batch size of adapter {name!r} must be at least 1, not {batch_sizes[name]}")
-            if mode == "train" and not rows:
-                raise DataError(f"adapter {name!r} has no example to train on")
             shuffled = shuffle if isinstance(shuffle, bool) else shuffle.get(name, True)
-            self._streams[name] = _Stream(rows, batch_sizes[name], seeds[name], shuffled and mode == "train")
+            self.join(name, rows, batch_sizes[name], seeds[name], shuffled)
+        self._length = max((stream.batches for stream in self._streams.values()), default=0)
+
+    def join(self, name: str, examples: Sequence[Example], batch_size: int, seed: int, shuffle: bool = True) -> None:
+        """Take in an adapter, from the next batch on. ``len(loader)`` stays: Lightning asks for it once."""
+        if name in self._streams:
+            raise ConfigError(f"the loader has an adapter {name!r} already")
+        if batch_size < 1:
+            raise ConfigError(f"the batch size of adapter {name!r} must be at least 1, not {batch_size}")
+        if self.mode == "train" and not examples:
+            raise DataError(f"adapter {name!r} has no example to train on")
+        self._streams[name] = _Stream(examples, batch_size, seed, shuffle and self.mode == "train")
+
+    def leave(self, name: str) -> None:
+        """Let an adapter go, from the next batch on; ``len(loader)`` stays."""
+        self._known(name)
+        del self._streams[name]
+        self._retired.discard(name)
 
     @property
     def adapters(self) -> list[str]:
@@ -130,7 +143,7 @@ class JointLoader:
         self._retired.discard(name)
 
     def __len__(self) -> int:
-        return max((stream.batches for stream in self._streams.values()), default=0)
+        return self._length
 
     def __iter__(self) -> Iterator[Batch]:
         # generators: nothing moves until the first batch is asked for, since Lightning calls iter() more than once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,7 +15,15 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetuna_lightning.adapters import Adapter, AdapterBank, check_fit, output_head, resolve_plain, resolve_targets
+from finetuna_lightning.adapters import (
+    Adapter,
+    AdapterBank,
+    check_fit,
+    layer_shape,
+    output_head,
+    resolve_plain,
+    resolve_targets,
+)
 from finetuna_lightning.backbone import (
     BackboneInfo,
     cast_,
@@ -27,14 +36,23 @@ from finetuna_lightning.backbone import (
     recompute_in_training,
     skeleton,
 )
-from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig, as_config, check_adapter_names
+from finetuna_lightning.configs import (
+    AdapterConfig,
+    BackboneConfig,
+    DataConfig,
+    OptimConfig,
+    as_config,
+    check_adapter_names,
+)
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.finetuned import adapter_of, finetuned_from_bank, is_prepared, shares_base
 from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.seeds import stream_seed
+from finetuna_lightning.training import live
 from finetuna_lightning.training.metrics import AdapterMetrics
-from finetuna_lightning.training.optim import build_optimizer, build_scheduler, clip_each_group
+from finetuna_lightning.training.optim import AdapterOptimizers, AdapterSchedules, build_optimizer, check_optimizer
 from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
+from finetuna_lightning.training.quarantine import guarded
 from finetuna_lightning.training.tokenizing import IGNORED, pad_token_id
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
@@ -86,6 +104,8 @@ class MultiAdapterModule(LightningModule):
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"seed must be an integer >= 0, not {seed!r}")
         check_adapter_names(list(adapters))
+        for name, config in self.adapter_configs.items():
+            check_optimizer(name, config, self.optim_config)
         if isinstance(given, nn.Module) and loss is None and not hasattr(given, "config"):
             raise ConfigError(f"a plain {type(given).__name__} needs a loss: loss(output, batch) -> scalar")
         self.save_hyperparameters(
@@ -102,6 +122,8 @@ class MultiAdapterModule(LightningModule):
         self._info: BackboneInfo | None = None
         self.val_metrics = nn.ModuleDict()
         self.retired: set[str] = set()
+        self.stopped: dict[str, str] = {}
+        self._new_modules: list[str] = []
 
     # ---- what others ask ----
 
@@ -135,9 +157,16 @@ class MultiAdapterModule(LightningModule):
             return "custom"
         return self.backbone_config.task if self.backbone_config else "causal-lm"
 
+    def config_of(self, name: str) -> AdapterConfig:
+        """The configuration of an adapter; of one that was put into the bank by hand, that of its deltas, and the
+        defaults for its training."""
+        if name not in self.adapter_configs:
+            live.adopt(self, name)
+        return self.adapter_configs[name]
+
     def adapter_seed(self, name: str) -> int:
         """The seed of an adapter's random streams: its own, or derived from the run's seed and its name."""
-        own = self.adapter_configs[name].seed
+        own = self.config_of(name).seed
         return stream_seed(self.seed, "adapter", name) if own is None else own
 
     def backbone_info(self) -> BackboneInfo:
@@ -166,27 +195,35 @@ class MultiAdapterModule(LightningModule):
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         refuse_joint_clipping(self.trainer.gradient_clip_val)
+        for name in self.adapter_names:
+            self.config_of(name)
 
     def configure_model(self) -> None:
         """Load the backbone into 8 bits and attach the adapters. A second call does nothing."""
         if self._bank is not None:
             return
         with torch.device("cpu"):  # Lightning calls this under the run's device, which is named where it is wanted
-            new = self._prepare_plain() if self.backbone_config is None else self._load(self.backbone_config)
+            config = self.backbone_config
+            self._new_modules = self._prepare_plain() if config is None else self._load(config)
             assert self.backbone is not None
             bank = AdapterBank(self.backbone, self.backbone_identity())
-            for name, adapter in self.adapter_configs.items():
-                if name in self._finetuned:
-                    bank.adopt(name, self._own(name))
-                    continue
-                bank.add(
-                    name, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, bias=adapter.bias,
-                    targets=adapter.target_modules, plain=[*adapter.plain_modules, *new], seed=self.adapter_seed(name),
-                )  # fmt: skip
+            for name in self.adapter_configs:
+                self.attach(bank, name)
         self._bank = bank
         info = self.backbone_info()
         self.val_metrics = nn.ModuleDict({name: AdapterMetrics(self.task, info.num_labels) for name in bank})
         self.train()
+
+    def attach(self, bank: AdapterBank, name: str) -> Adapter:
+        """Add the adapter ``name`` to ``bank`` as its configuration says, or as the fine-tuned model that it is."""
+        config = self.adapter_configs[name]
+        if name in self._finetuned:
+            return bank.adopt(name, self._own(name))
+        return bank.add(
+            name, rank=config.rank, alpha=config.alpha, dropout=config.dropout, bias=config.bias,
+            targets=config.target_modules, plain=[*config.plain_modules, *self._new_modules],
+            seed=self.adapter_seed(name),
+        )  # fmt: skip
 
     def _prepare_plain(self) -> list[str]:
         """Quantise a backbone that came as a module, as the precision plugin says."""
@@ -330,26 +367,51 @@ class MultiAdapterModule(LightningModule):
             flat = logits.reshape(-1, logits.shape[-1]).float()
             yield name, F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum"), count, cut
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The sum of the adapters' mean losses. No parameter is shared, so each gets the gradient of its own alone."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """The sum of the adapters' mean losses, each divided by its ``accumulate``. No parameter is shared, so each
+        gets the gradient of its own alone. One that has left the training has no part, should its rows still come."""
+        optimizer = self.optimizer
+        batch, fit = self._guarded(batch)
         output = self(batch, training=True)
         means: list[Tensor] = []
+        parts: list[Tensor] = []
         # the value on Lightning's own bars is fetched from the device every step; AdapterProgress does without
         bar = isinstance(self.trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar)
         for name, total, count, cut in self.losses(output, batch):
+            if name in self.retired:
+                continue
             mean = total / count
-            means.append(mean)
-            rows = cut.stop - cut.start
-            self.log(f"train/{name}/loss", mean.detach(), batch_size=rows)
-        joint = torch.stack(means).sum()
-        self.log("train/loss", joint.detach() / len(means), prog_bar=bar, batch_size=len(means))
-        return joint
+            shown = torch.where(fit[name], mean.detach(), math.nan)
+            optimizer.note(name, shown.isfinite())
+            parts.append(mean / self.config_of(name).accumulate)
+            means.append(shown)
+            self.log(f"train/{name}/loss", shown, batch_size=cut.stop - cut.start)
+        if not parts:
+            return None
+        self.log("train/loss", torch.stack(means).nanmean(), prog_bar=bar, batch_size=len(means))
+        return torch.stack(parts).sum()
+
+    def _guarded(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The batch with tokens and labels that the backbone has, and by adapter whether its own were such."""
+        if self.task == "custom":
+            return batch, {name: torch.ones((), dtype=torch.bool, device=self.device) for name in batch["adapters"]}
+        backbone: Any = self.backbone
+        config = backbone.config
+        table, head = backbone.get_input_embeddings(), output_head(backbone)
+        tokens = table.num_embeddings if isinstance(table, nn.Embedding) else None
+        if self.task == "sequence-classification":
+            classes = config.num_labels
+        else:
+            classes = tokens if head is None else layer_shape(head)[1]
+        return guarded(batch, tokens, classes)
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
+        batch, fit = self._guarded(batch)
         output = self(batch)
         for name, total, count, cut in self.losses(output, batch):
             metrics = self.val_metrics[name]
             assert isinstance(metrics, AdapterMetrics)
+            total = torch.where(fit[name], total, math.nan)
             classes = self.task == "sequence-classification"
             metrics.update(
                 total, count, output.logits[cut] if classes else None, batch["labels"][cut] if classes else None
@@ -404,41 +466,95 @@ class MultiAdapterModule(LightningModule):
     # ---- optimisation ----
 
     def configure_optimizers(self) -> Any:
-        """One optimizer with a named group for each adapter, one scheduler with a function for each."""
+        """One optimizer with a named group for each adapter, one scheduler that knows each adapter's own steps."""
         bank = self.adapters
-        configs = {name: self.adapter_configs[name] for name in bank}
+        configs = {name: self.config_of(name) for name in bank}
         parameters = {adapter.name: adapter.parameters() for adapter in bank.adapters()}
-        optimizer = build_optimizer(parameters, configs, self.optim_config)
-        scheduler = build_scheduler(optimizer, configs, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        total = live.total_steps(self.trainer)
+        optimizer = build_optimizer(parameters, configs, self.optim_config, total)
+        # LearningRateMonitor then draws lr/<adapter>
+        scheduler = {"scheduler": AdapterSchedules(optimizer), "interval": "step", "name": "lr"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    @property
+    def optimizer(self) -> AdapterOptimizers:
+        """The optimizer of the fit that runs, or of the last one.
+
+        Raises:
+            ConfigError: when there was none, or ``configure_optimizers`` was replaced and gave another.
+        """
+        found = self._trainer.optimizers if self._trainer is not None else []
+        for optimizer in found:
+            if isinstance(optimizer, AdapterOptimizers):
+                return optimizer
+        raise ConfigError("there is no fit with the optimizer of MultiAdapterModule.configure_optimizers")
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip each adapter's own norm to its ``max_grad_norm``."""
+        """Clip each adapter's own norm to its ``max_grad_norm``, when its step is due."""
         refuse_joint_clipping(gradient_clip_val)
-        for name, norm in clip_each_group(optimizer).items():
+        for name, norm in self.optimizer.clip().items():
             self.log(f"train/{name}/grad_norm", norm)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Free the gradients that were used; those that an adapter accumulates stay."""
+        self.optimizer.zero_grad()
 
     def on_train_start(self) -> None:
         """After a resume: an adapter that was given more steps comes back, and a run that is done stays done."""
-        self._retire()
+        live.warn_of_joint_accumulation(self)
+        live.retire(self)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """An adapter whose ``max_steps`` are done leaves the batches; when all have, the run ends."""
-        self._retire()
+        live.retire(self)
 
-    def _retire(self) -> None:
-        limits = {name: self.adapter_configs[name].max_steps for name in self.adapter_names}
-        done = {name for name, limit in limits.items() if limit is not None and self.global_step >= limit}
-        loader = self.trainer.train_dataloader
-        for changed, what in ((done - self.retired, "retire"), (self.retired - done, "reinstate")):
-            for name in changed:
-                if hasattr(loader, what):
-                    getattr(loader, what)(name)
-        self.retired = done
-        if done >= set(limits):
-            self.trainer.should_stop = True
+    # ---- who trains ----
+
+    def stop_adapter(self, name: str, reason: str) -> None:
+        """Take an adapter out of the training of this fit, with its weights as they are; the others do not notice.
+        ``reason`` stands in the final table. The fit ends with its last adapter."""
+        self._known(name)
+        self.stopped[name] = reason
+        live.retire(self)
+
+    def add_adapter(self, name: str, config: AdapterConfig | None = None, data: DataConfig | None = None) -> Adapter:
+        """Add an adapter, also while a fit runs, between two batches: from a callback's ``on_train_batch_end``, say, or
+        after an epoch. The others' weights, optimizer state, schedules and data do not notice.
+
+        Args:
+            name: of the new adapter.
+            config: of it.
+            data: its source, in a fit with an ``AdapterDataModule``. A loader of one's own brings its rows itself.
+
+        Raises:
+            ConfigError: for a name that is taken or not allowed, a fit of several processes, or data without an
+                ``AdapterDataModule`` (or the reverse).
+            TargetError, DataError: as at the start of a fit; nothing is changed then.
+        """
+        return live.join(self, name, config or AdapterConfig(), data)
+
+    def remove_adapter(self, name: str) -> Adapter:
+        """Take an adapter out of the module, also while a fit runs, between two batches; the others do not notice.
+        Returns it, so that its weights can be saved.
+
+        Raises:
+            ConfigError: for a name that there is not, the last adapter, or a fit of several processes.
+        """
+        self._known(name)
+        return live.leave(self, name)
+
+    def adapter_report(self) -> dict[str, dict[str, Any]]:
+        """By adapter: ``steps`` taken, ``skipped`` ones, and in words its ``state``."""
+        return live.report(self)
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ConfigError(
+                f"there is no adapter {name!r}{did_you_mean(name, self.adapters)} (there are: "
+                f"{', '.join(self.adapters)})"
+            )
 
     # ---- checkpoints ----
 
@@ -529,10 +645,7 @@ class MultiAdapterModule(LightningModule):
         if names is not None and len(names) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts need as many adapters, not {len(names)}")
         for name in names or ():
-            if name not in bank:
-                raise ConfigError(
-                    f"there is no adapter {name!r}{did_you_mean(name, bank)} (there are: {', '.join(bank)})"
-                )
+            self._known(name)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         device = next(self.backbone.parameters()).device

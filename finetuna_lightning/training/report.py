@@ -258,6 +258,19 @@ def _copies(count: int) -> str:
     return f"{count} cop{'y' if count == 1 else 'ies'}"
 
 
+def training_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What became of every adapter: ``MultiAdapterModule.adapter_report()``."""
+    table = Table(title="training", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("steps", justify="right")
+    table.add_column("skipped", justify="right")
+    table.add_column("")
+    for name, row in rows.items():
+        cells = f"{row['steps']:,}", f"{row['skipped']:,}" if row["skipped"] else ""
+        table.add_row(Text(name), *cells, Text(row["state"]), style="bold red" if row["skipped"] else "")
+    return table
+
+
 def sample_table(samples: Sequence[Mapping[str, str]]) -> Table:
     """Continuations: each sample has ``adapter``, ``prompt`` and ``text``."""
     table = Table(title="samples", title_style="bold", show_lines=True)

@@ -168,6 +168,29 @@ def test_an_adapter_without_examples_is_not_evaluated() -> None:
     assert list(make("a", mode="eval", sizes={"a": 0})) == []
 
 
+def test_an_adapter_joins_and_leaves_between_two_batches() -> None:
+    """The others' batches are as they were, and the pass as long."""
+    plain, loader = take(make("ab"), 6), make("ab")
+    batches = iter(loader)
+    shown_ = [shown(next(batches))]
+    loader.join("c", [example(i, i) for i in range(40)], 2, SEEDS["c"])
+    assert (loader.adapters, len(loader)) == (["a", "b", "c"], len(make("ab")))
+    shown_ += [shown(next(batches)), shown(next(batches))]
+    loader.leave("a")
+    shown_.append(shown(next(batches)))
+    assert [list(batch) for batch in shown_] == [["a", "b"], ["a", "b", "c"], ["a", "b", "c"], ["b", "c"]]
+    assert [batch["b"] for batch in shown_] == [batch["b"] for batch in plain[:4]]
+    assert [batch["a"] for batch in shown_[:3]] == [batch["a"] for batch in plain[:3]]
+    state = loader.state_dict()
+    assert set(state["positions"]) == {"b", "c"}
+    with pytest.raises(ConfigError, match="'b' already"):
+        loader.join("b", [example(1)], 1, 0)
+    with pytest.raises(DataError, match="'d' has no example"):
+        loader.join("d", [], 1, 0)
+    with pytest.raises(ConfigError, match="no adapter 'a'"):
+        loader.leave("a")
+
+
 def test_retired_adapters_are_not_evaluated() -> None:
     loader = make("abc", mode="eval")
     loader.retire("a")

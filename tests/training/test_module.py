@@ -402,7 +402,7 @@ def test_a_retired_adapter_that_is_given_more_steps_comes_back(tmp_path: Path) -
     module, trainer = text_fit(tmp_path, 5, ckpt=str(tmp_path / "at.ckpt"), sql={"max_steps": 4})
     recorder = trainer.callbacks[0]
     assert isinstance(recorder, Recorder)
-    assert [of(gradients, "sql") != {} for gradients in recorder.gradients] == [True, False]
+    assert [of(gradients, "sql") != {} for gradients in recorder.gradients] == [True, True]  # two steps of its own
     assert module.retired == {"sql"}
 
 

@@ -77,7 +77,8 @@ class AdapterMemoryMonitor(Callback):
         if self._measuring is not None:
             for name, adapter in bank_of(pl_module, type(self).__name__).items():
                 grads = [p.grad for p in adapter.parameters() if p.grad is not None]
-                self._now[name]["gradients"] = sum(grad.untyped_storage().nbytes() for grad in grads)
+                parts = self._now.setdefault(name, dict.fromkeys(PARTS, 0))  # it may have joined since
+                parts["gradients"] = sum(grad.untyped_storage().nbytes() for grad in grads)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,0 +1,69 @@
+"""What keeps one adapter's fault its own: bad tokens and labels are selected out and told, and a verdict on a step
+reaches the host without making it wait.
+
+A fault is never masked by a multiplication, which would turn NaN times zero into NaN again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finetuna_lightning.training.tokenizing import IGNORED
+
+
+def guarded(
+    batch: Mapping[str, Any], tokens: int | None, classes: int | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``batch`` with every token of ``input_ids`` below ``tokens`` and every label below ``classes`` (or ignored), and
+    for each adapter whether its rows were so before: a 0-dim bool on their device.
+
+    What is out of range becomes token 0, or ignored; an index error would end the run of all. None checks nothing.
+    """
+    new = dict(batch)
+    rows, names = list(batch["rows"]), list(batch["adapters"])
+    fit = {name: torch.ones((), dtype=torch.bool, device=batch["input_ids"].device) for name in names}
+    for key, limit, instead in (("input_ids", tokens, 0), ("labels", classes, IGNORED)):
+        values = batch.get(key)
+        if limit is None or not isinstance(values, Tensor) or values.is_floating_point():
+            continue
+        outside = (values >= limit) | (values < 0)
+        if key == "labels":
+            outside &= values != IGNORED
+        new[key] = torch.where(outside, instead, values)
+        if values.shape[0] == sum(rows):
+            for name, part in zip(names, outside.split(rows), strict=True):
+                fit[name] = fit[name] & ~part.any()
+    return new, fit
+
+
+def agreed(good: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The verdicts of all processes: good where it is good in each. All must ask about the same adapters."""
+    if not good or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return dict(good)
+    together = torch.stack(list(good.values())).to(torch.uint8)
+    dist.all_reduce(together, op=dist.ReduceOp.MIN)
+    return dict(zip(good, together.bool().unbind(), strict=True))
+
+
+class LateVerdict:
+    """A 0-dim bool on its way from the device: asked a step later it is there, and nothing waits for it."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if flag.is_cuda:
+            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._flag.copy_(flag, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._flag = flag
+
+    def read(self) -> bool:
+        """The flag; waits only for what the device did up to the moment it was made."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
