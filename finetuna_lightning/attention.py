@@ -72,8 +72,9 @@ for _name in _IMPLEMENTATIONS:
     ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + _name, _mask_of(_name))
 
 
-def enable_packing(model: nn.Module) -> str | None:
-    """Make ``model`` take packed rows, in place; or say why it cannot, and leave it as it was.
+def enable_packing(model: nn.Module, *copies: nn.Module) -> str | None:
+    """Make ``model`` take packed rows, in place; or say why it cannot, and leave it as it was. ``copies`` hold private
+    copies of its modules, which have a configuration of their own.
 
     Whether it can is found out by trying, since models differ in what they do with ``position_ids`` and masks: some
     sequences are packed into one row, and the logits of each must be those of it alone, must stay so when another
@@ -90,7 +91,8 @@ def enable_packing(model: nn.Module) -> str | None:
         return None
     if name not in _IMPLEMENTATIONS:
         return f"its attention is {name!r}; {' and '.join(map(repr, _IMPLEMENTATIONS))} are known to work packed"
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    parts = (part for whole in (model, *copies) for part in whole.modules())
+    configs = {id(part.config): part.config for part in parts if hasattr(part, "config")}
     changed: list[Any] = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == name]
     for part in changed:
         part._attn_implementation_internal = _PREFIX + name

@@ -153,7 +153,7 @@ class MultiAdapterModule(LightningModule):
         if not self._packing_tried:
             bank = self.adapters
             with bank.bare():
-                self._obstacle = enable_packing(bank.backbone)
+                self._obstacle = enable_packing(bank.backbone, bank)
             self._packing_tried = True
         return self._obstacle
 
@@ -279,11 +279,14 @@ class MultiAdapterModule(LightningModule):
         return self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
 
     def train(self, mode: bool = True) -> MultiAdapterModule:
-        """The backbone stays in evaluation mode: it is frozen, and its dropout would couple the adapters."""
+        """The backbone stays in evaluation mode: it is frozen, and its dropout would couple the adapters, by the stream
+        that it draws from. So do the private copies of its modules."""
         super().train(mode)
-        if self.backbone is not None:
-            self.backbone.eval()
-            recompute_in_training(self.backbone, mode)
+        copies = [] if self._bank is None else [adapter.plain for adapter in self._bank.adapters()]
+        for part in (self.backbone, *copies):
+            if part is not None:
+                part.eval()
+                recompute_in_training(part, mode)
         return self
 
     # ---- one batch ----
