@@ -19,7 +19,7 @@ from finetuna_lightning.errors import ConfigError, did_you_mean
 from finetuna_lightning.training.data import AdapterDataModule
 from finetuna_lightning.training.module import MultiAdapterModule
 
-_DATA_MODULE_KEYS = ("batch_size", "eval_batch_size", "sources")
+_DATA_MODULE_KEYS = ("batch_size", "eval_batch_size", "max_tokens", "packing", "sources")
 
 
 def adapter_names(config: Mapping[str, Any]) -> list[str]:
@@ -95,6 +95,5 @@ def build_module(config: Mapping[str, Any]) -> MultiAdapterModule:
 def build_data(config: Mapping[str, Any]) -> AdapterDataModule:
     """The data module of a composed configuration (plain containers)."""
     data = config["data"]
-    return AdapterDataModule(
-        build_sources(config), batch_size=data["batch_size"], eval_batch_size=data["eval_batch_size"]
-    )
+    settings = {key: data[key] for key in _DATA_MODULE_KEYS if key != "sources"}
+    return AdapterDataModule(build_sources(config), **settings)

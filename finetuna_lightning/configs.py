@@ -308,6 +308,8 @@ class DataConfig:
         max_length: tokens per sequence; longer examples are cut (plain text is chunked). None: the model's positions,
             1,024 at most.
         batch_size: sequences of this adapter in a step; None takes the data module's.
+        max_tokens: instead of a batch size, as many sequences in a step as have at most so many tokens together; None
+            takes the data module's.
         shuffle: draw a new order each epoch from the adapter's own seed.
         limit: use only the first so many documents.
         text_field, prompt_field, completion_field, messages_field, label_field: names of the fields.
@@ -322,6 +324,7 @@ class DataConfig:
     test_fraction: float = 0.0
     max_length: int | None = None
     batch_size: int | None = None
+    max_tokens: int | None = None
     shuffle: bool = True
     limit: int | None = None
     text_field: str = "text"
@@ -339,7 +342,9 @@ class DataConfig:
         _number("data.test_fraction", self.test_fraction, 0, 1)
         if self.val_fraction + self.test_fraction >= 1:
             raise ConfigError("data.val_fraction and data.test_fraction together leave nothing to train on")
-        for what in ("max_length", "batch_size", "limit"):
+        for what in ("max_length", "batch_size", "max_tokens", "limit"):
             value = getattr(self, what)
             if value is not None:
-                _number(f"data.{what}", value, 2 if what == "max_length" else 1, integer=True)
+                _number(f"data.{what}", value, 2 if what.startswith("max_") else 1, integer=True)
+        if self.batch_size is not None and self.max_tokens is not None:
+            raise ConfigError("a source has data.batch_size or data.max_tokens, not both: the budget says how many")

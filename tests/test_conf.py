@@ -112,9 +112,12 @@ def test_a_group_s_settings_are_the_fields_of_its_dataclass(group: str, kind: An
 def test_the_data_s_settings_are_the_fields_of_its_dataclass_and_module() -> None:
     for file in (file for file in FILES if file.startswith("data/")):
         names = set(plain(composed(*choice(file), *NEEDED))["data"])
-        assert names == {field.name for field in fields(DataConfig)} | {"batch_size", "eval_batch_size", "sources"}, (
-            file
-        )
+        assert names == {field.name for field in fields(DataConfig)} | {
+            "batch_size",
+            "eval_batch_size",
+            "packing",
+            "sources",
+        }, file
     values = plain(composed("data=file", "data.path=some.txt"))["data"]
     for name, value in asdict(DataConfig("some.txt")).items():
         if name != "batch_size":

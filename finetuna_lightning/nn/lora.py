@@ -8,19 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def seeded_dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """Dropout whose mask is a function of ``seed`` and x's shape alone: a recomputed forward draws the same mask, and
-    no other stream moves.
-
-    For x [rows, tokens, features] the mask is drawn token by token, so that on the CPU, whose generator is sequential,
-    padding to a longer neighbour leaves the masks of the tokens before it as they are.
-    """
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    by_token = x.transpose(0, 1) if x.dim() == 3 else x
-    drawn = torch.empty(by_token.shape, dtype=torch.float32, device=x.device).uniform_(generator=generator)
-    keep = (drawn.transpose(0, 1) if x.dim() == 3 else drawn) >= p
-    return torch.where(keep, x / (1 - p), torch.zeros((), dtype=x.dtype, device=x.device))
+from finetuna_lightning.nn.dropout import drop, kept_share
 
 
 class _Delta(nn.Module):
@@ -73,11 +61,14 @@ class LoRALinear(_Delta):
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
         self.lora_bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
-    def forward(self, x: Tensor, seed: int | None = None) -> Tensor:
-        """The delta for x; ``seed`` draws the dropout mask, None leaves dropout off."""
+    def forward(self, x: Tensor, seed: int | None = None, at: Tensor | None = None) -> Tensor:
+        """The delta for x. ``seed`` and the places ``at`` of x's vectors (see ``nn.dropout.drop``) make the dropout
+        mask; without a seed dropout is off."""
         if self.dropout > 0 and seed is not None:
-            x = seeded_dropout(x, self.dropout, seed)
+            x = drop(x, self.dropout, seed, at)
         low = F.linear(x, self.lora_A.to(x.dtype))
+        if self.dropout > 0 and seed is not None:
+            low = low / kept_share(self.dropout)
         bias = None if self.lora_bias is None else self.lora_bias.to(low.dtype)
         return F.linear(low, self.lora_B.to(low.dtype), bias) * self.scaling  # in PEFT's order, rounded as there
 

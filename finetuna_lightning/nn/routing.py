@@ -1,7 +1,10 @@
-"""Which rows of a batch belong to which adapter, and the layers that act on it.
+"""Which rows, or packed tokens, of a batch belong to which adapter, and the layers that act on it.
 
 A layer that some adapter changes is *routed* in place: its class gains a forward that asks the bank, for each segment
-of the batch, for that adapter's delta or private copy. The base computation runs once over all rows."""
+of the batch, for that adapter's delta or private copy. The base computation runs once over all rows.
+
+Along the *axis* of a batch its segments follow one another: the leading dimension of rows; of a packed batch, which is
+one row, the dimension of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -20,31 +23,41 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from finetuna_lightning.errors import RouteError
+from finetuna_lightning.nn.dropout import places
 from finetuna_lightning.nn.lora import Delta, LoRALinear
+from finetuna_lightning.nn.packing import PackedMask, packed_pass
 from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedWeight, mixed
 from finetuna_lightning.seeds import stream_seed
 
 
 @dataclass(frozen=True)
 class Route:
-    """The adapters of a batch, in row order: the first ``rows[0]`` rows belong to ``names[0]``, and so on.
+    """The adapters of a batch, in order: the first ``rows[0]`` sequences belong to ``names[0]``, and so on.
 
-    A row is one leading index of the batch. Layers deeper in see [rows, tokens, features], [rows * tokens, features]
-    or, after beam search expanded it, [rows * beams, ...]: each row then stands for as many consecutive vectors. A
-    name may come more than once.
+    Of padded rows, a sequence is one leading index of the batch. Layers deeper in see [rows, tokens, features], [rows *
+    tokens, features] or, after beam search expanded it, [rows * beams, ...]: each row then stands for as many
+    consecutive vectors. Of a packed batch, the sequences stand one after another in one row, and layers see [1, tokens,
+    features] or [tokens, features]. A name may come more than once.
 
     Args:
         names, rows: the segments.
         seeds: by adapter, the seed of this forward's dropout masks; an adapter without one has dropout off.
+        lengths: of a packed batch, the tokens of each sequence.
     """
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
     seeds: dict[str, int] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None
+    _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.names) != len(self.rows) or any(count < 0 for count in self.rows) or self.total == 0:
+        if len(self.names) != len(self.rows) or any(count < 0 for count in self.rows) or sum(self.rows) == 0:
             raise RouteError(f"a route needs one positive row count per adapter, not {self.names} with {self.rows}")
+        if self.lengths is not None and (len(self.lengths) != sum(self.rows) or min(self.lengths) < 1):
+            raise RouteError(
+                f"a packed route of {sum(self.rows)} sequences needs as many lengths of at least 1, not {self.lengths}"
+            )
 
     @classmethod
     def of_rows(cls, names: Sequence[str]) -> Route:
@@ -57,29 +70,68 @@ class Route:
                 runs.append((name, 1))
         return cls(tuple(name for name, _ in runs), tuple(count for _, count in runs))
 
-    @property
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Of each segment, the rows; packed, the tokens."""
+        if self.lengths is None:
+            return self.rows
+        return tuple(sum(lengths) for lengths in self._lengths_by_segment())
+
+    @cached_property
     def total(self) -> int:
-        """Rows in all."""
-        return sum(self.rows)
+        """Rows in all; packed, tokens in all."""
+        return sum(self.sizes)
+
+    def axis(self, shape: Sequence[int]) -> int:
+        """The dimension, of a tensor whose dimensions but the features' are ``shape``, along which segments follow one
+        another."""
+        return 1 if self.lengths is not None and len(shape) > 1 and shape[0] == 1 else 0
 
     def segments(self, count: int) -> Iterator[tuple[str, int, int]]:
-        """(name, start, stop) along a leading dimension of ``count`` entries.
+        """(name, start, stop) along an axis of ``count`` entries.
 
         Raises:
-            RouteError: when ``count`` is no multiple of the rows.
+            RouteError: when ``count`` is no multiple of the rows, or of the packed tokens.
         """
         each, rest = divmod(count, self.total)
         if rest:
+            what = "rows" if self.lengths is None else "packed tokens"
             raise RouteError(
-                f"the route has {self.total} rows, but a layer met {count}, which is no multiple: the batch must be "
+                f"the route has {self.total} {what}, but a layer met {count}, which is no multiple: the batch must be "
                 f"the "
                 "leading dimension of what the backbone computes"
             )
         start = 0
-        for name, rows in zip(self.names, self.rows, strict=True):
-            if rows:
-                yield name, start, start + rows * each
-                start += rows * each
+        for name, size in zip(self.names, self.sizes, strict=True):
+            if size:
+                yield name, start, start + size * each
+                start += size * each
+
+    def only(self, names: Sequence[str]) -> Route:
+        """The route of the segments of ``names`` alone."""
+        own = [index for index, name in enumerate(self.names) if name in names]
+        lengths = None
+        if self.lengths is not None:
+            by_segment = self._lengths_by_segment()
+            lengths = tuple(length for index in own for length in by_segment[index])
+        return Route(
+            tuple(self.names[index] for index in own), tuple(self.rows[index] for index in own), self.seeds, lengths
+        )
+
+    def places(self, name: str, vectors: int, device: torch.device) -> Tensor:
+        """The places (see ``nn.dropout``) of an adapter's ``vectors`` vectors among its own sequences."""
+        key = (name, vectors, device)
+        if key not in self._places:
+            own = self.only([name])
+            lengths = [vectors // own.total] * own.total if own.lengths is None else own.lengths
+            each = 1 if own.lengths is None else vectors // own.total
+            self._places[key] = places(torch.tensor(lengths), each).to(device, non_blocking=True)
+        return self._places[key]
+
+    def _lengths_by_segment(self) -> list[tuple[int, ...]]:
+        assert self.lengths is not None
+        stops = [sum(self.rows[: index + 1]) for index in range(len(self.rows))]
+        return [self.lengths[stop - rows : stop] for rows, stop in zip(self.rows, stops, strict=True)]
 
 
 class DeltaSource(Protocol):
@@ -152,7 +204,11 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 def _plus_delta(delta: Delta, x: Tensor, y: Tensor, route: Route, name: str, path: str) -> Tensor:
     if isinstance(delta, LoRALinear):
         seed = route.seeds.get(name)
-        added: Tensor = delta(x, None if seed is None else stream_seed(seed, path))
+        if seed is None or delta.dropout == 0:
+            added: Tensor = delta(x)
+        else:
+            at = route.places(name, x.numel() // x.shape[-1], x.device)
+            added = delta(x, stream_seed(seed, path), at)
     else:
         added = delta(x, y.dtype)
     return y + added.to(y.dtype)
@@ -186,8 +242,8 @@ class _Routed(nn.Module):
     _finetuna_bank: DeltaSource
     _finetuna_path: str
 
-    def _add_deltas(self, x: Tensor, y: Tensor) -> Tensor:
-        """y plus, segment by segment along the leading dimension, each adapter's delta of x."""
+    def _add_deltas(self, x: Tensor, y: Tensor, shape: Sequence[int]) -> Tensor:
+        """y plus, segment by segment, each adapter's delta of x, whose dimensions but the features' are ``shape``."""
         bank, path = self._finetuna_bank, self._finetuna_path
         if bank.sole is not None:
             own = bank.delta(bank.sole, path)
@@ -199,37 +255,39 @@ class _Routed(nn.Module):
         if route is None:
             return y
         if _for_all_rows(x, route):
+            shape = (route.total, *shape[1:])
             x, y = x.expand(route.total, *x.shape[1:]), y.expand(route.total, *y.shape[1:])
-        segments = list(route.segments(x.shape[0]))
+        axis = route.axis(shape)
+        segments = list(route.segments(shape[axis]))
         deltas = {name: bank.delta(name, path) for name, _, _ in segments}
         if all(delta is None for delta in deltas.values()):
             return y
         sizes = [stop - start for _, start, stop in segments]
         # split, whose backward is one concatenation; a slice's is a full pass for each segment
-        xs, out = x.split(sizes), list(y.split(sizes))
+        xs, out = x.split(sizes, axis), list(y.split(sizes, axis))
         for name, delta in deltas.items():
             if delta is None:
                 continue
-            # an adapter's rows stand together, wherever they lie, so that its dropout masks are those of it alone
-            places = [index for index, (other, _, _) in enumerate(segments) if other == name]
-            part = _plus_delta(delta, _joined(xs, places), _joined(out, places), route, name, path)
-            for index, piece in zip(places, part.split([sizes[index] for index in places]), strict=True):
+            # an adapter's sequences stand together, wherever they lie, so that its dropout masks are those of it alone
+            mine = [index for index, (other, _, _) in enumerate(segments) if other == name]
+            part = _plus_delta(delta, _joined(xs, mine, axis), _joined(out, mine, axis), route, name, path)
+            for index, piece in zip(mine, part.split([sizes[index] for index in mine], axis), strict=True):
                 out[index] = piece
-        return _joined(out, range(len(out)))
+        return _joined(out, range(len(out)), axis)
 
 
 class RoutedLinear(_Routed):
     """A linear layer to whose output the route's adapters add their deltas."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._add_deltas(input, super().forward(input))
+        return self._add_deltas(input, super().forward(input), input.shape[:-1])
 
 
 class RoutedEmbedding(_Routed, nn.Embedding):
     """An embedding to whose rows the route's adapters add their deltas, beneath a subclass's scale or offset."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._add_deltas(input, super().forward(input))
+        return self._add_deltas(input, super().forward(input), input.shape)
 
 
 class RoutedPlain(_Routed):
@@ -247,9 +305,13 @@ class RoutedPlain(_Routed):
         route = active_route(bank)
         if route is None:
             return super().forward(*args, **kwargs)
-        arguments, count = (args, kwargs), first.shape[0]
+        arguments = (args, kwargs)
+        shape: Sequence[int] = first.shape[:-1] if first.is_floating_point() else first.shape
         if _for_all_rows(first, route):
-            arguments, count = _each_row(arguments, lambda t: t.expand(route.total, *t.shape[1:]), 1), route.total
+            arguments = _each_row(arguments, lambda t, _: t.expand(route.total, *t.shape[1:]), 1, 0)
+            shape = (route.total, *shape[1:])
+        axis = route.axis(shape)
+        count = shape[axis]
         groups: dict[int, tuple[nn.Module | None, list[tuple[str, int, int]]]] = {}
         for name, start, stop in route.segments(count):
             copy = bank.plain_copy(name, path)
@@ -257,51 +319,73 @@ class RoutedPlain(_Routed):
         outputs, places = [], []
         for copy, segments in groups.values():
             spans = [(start, stop) for _, start, stop in segments]
-            cut_args, cut_kwargs = _each_row(arguments, partial(_take, spans=spans), count)
-            if copy is None:
-                part = Route(tuple(n for n, *_ in segments), tuple(b - a for _, a, b in segments), route.seeds)
-                with routed(bank, part):  # the modules inside see these rows alone
+            cut_args, cut_kwargs = _each_row(arguments, partial(_take, spans=spans), count, axis)
+            part = route.only([name for name, _, _ in segments])
+            with routed(bank, part), _packed_as(part):  # the modules inside see these sequences alone
+                if copy is None:
                     outputs.append(super().forward(*cut_args, **cut_kwargs))
-            else:
-                outputs.append(_call_copy(copy, _activations_type(self, first), first.device, cut_args, cut_kwargs))
+                else:
+                    dtype = _activations_type(self, first)
+                    outputs.append(_call_copy(copy, dtype, first.device, cut_args, cut_kwargs))
             places.append(spans)
-        return tree_map(lambda *leaves: _put_back(leaves, places), *outputs)
+        return tree_map(lambda *leaves: _put_back(leaves, places, axis), *outputs)
 
 
 Span = tuple[int, int]
 
 
+def _packed_as(route: Route) -> AbstractContextManager[None]:
+    return nullcontext() if route.lengths is None else packed_pass(route.lengths)
+
+
 def _for_all_rows(x: Tensor, route: Route) -> bool:
     """Whether ``x`` is one row of indices for the whole batch, as GPT-2's position ids."""
-    return x.shape[0] == 1 and route.total > 1 and not x.is_floating_point()
+    return route.lengths is None and x.shape[0] == 1 and route.total > 1 and not x.is_floating_point()
 
 
-def _each_row(arguments: Any, change: Callable[[Tensor], Tensor], count: int) -> Any:
-    """The arguments with ``change`` applied to every tensor of ``count`` leading entries."""
-    return tree_map_only(Tensor, lambda t: change(t) if t.dim() and t.shape[0] == count else t, arguments)
+def _each_row(arguments: Any, change: Callable[[Any, int], Any], count: int, axis: int) -> Any:
+    """The arguments with ``change(it, axis)`` applied to the mask of a packed row and to every tensor that has
+    ``count`` entries along ``axis`` (for 1: in its one row) or, failing that, along its leading dimension."""
+
+    def changed(leaf: Any) -> Any:
+        if isinstance(leaf, PackedMask):
+            return change(leaf, axis)
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if axis == 1 and leaf.shape[:2] == (1, count):
+            return change(leaf, 1)
+        return change(leaf, 0) if leaf.dim() and leaf.shape[0] == count else leaf
+
+    return tree_map(changed, arguments)
 
 
-def _joined(pieces: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+def _joined(pieces: Sequence[Tensor], chosen: Sequence[int], axis: int) -> Tensor:
     """The chosen pieces, one after another."""
-    return pieces[chosen[0]] if len(chosen) == 1 else torch.cat([pieces[index] for index in chosen])
+    return pieces[chosen[0]] if len(chosen) == 1 else torch.cat([pieces[index] for index in chosen], axis)
 
 
-def _take(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The rows of ``spans``, one after another."""
-    pieces = [tensor[start:stop] for start, stop in spans]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def _take(whole: Any, axis: int, *, spans: Sequence[Span]) -> Any:
+    """What lies in ``spans`` of a tensor, or of a packed row's mask, one after another."""
+    if isinstance(whole, PackedMask):
+        return whole.take(spans)
+    pieces = [whole.narrow(axis, start, stop - start) for start, stop in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
 
-def _put_back(parts: Sequence[Any], places: Sequence[Sequence[Span]]) -> Any:
-    """The rows of all parts, each in its own place: what ``_take`` undoes. Of parts that are no tensors, the first."""
+def _put_back(parts: Sequence[Any], places: Sequence[Sequence[Span]], axis: int) -> Any:
+    """The entries of all parts, each in its own place: what ``_take`` undoes. Of parts that are no tensors, the
+    first."""
     if len(parts) == 1 or not isinstance(parts[0], Tensor):
         return parts[0]
+    totals = [sum(stop - start for start, stop in spans) for spans in places]
+    if axis == 1 and any(part.shape[:2] != (1, total) for part, total in zip(parts, totals, strict=True)):
+        axis = 0
     pieces: dict[int, Tensor] = {}
-    for part, spans in zip(parts, places, strict=True):
-        each = part.shape[0] // sum(stop - start for start, stop in spans)
-        cut = part.split([(stop - start) * each for start, stop in spans])
+    for part, spans, total in zip(parts, places, totals, strict=True):
+        each = part.shape[axis] // total
+        cut = part.split([(stop - start) * each for start, stop in spans], axis)
         pieces |= {start: piece for (start, _), piece in zip(spans, cut, strict=True)}
-    return torch.cat([pieces[start] for start in sorted(pieces)])
+    return torch.cat([pieces[start] for start in sorted(pieces)], axis)
 
 
 def _activations_type(module: nn.Module, first: Tensor) -> torch.dtype:

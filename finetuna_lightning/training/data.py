@@ -32,8 +32,12 @@ class AdapterDataModule(LightningDataModule):
 
     Args:
         sources: by adapter name.
-        batch_size: sequences of each adapter in a training step, where its ``DataConfig`` has none of its own.
-        eval_batch_size: the same in evaluation; None: as in training.
+        batch_size: sequences of each adapter in a training step, where its ``DataConfig`` has neither these nor a token
+            budget of its own.
+        eval_batch_size: the same in evaluation, for all; None: as in training.
+        max_tokens: instead of ``batch_size``, a token budget: as many sequences as have at most so many tokens.
+        packing: put all sequences of a step into one row without pads. None: where the model allows it; True: the same,
+            with a warning where it does not; False: padded rows. The sequences and losses are the same either way.
         seed: of orders and splits; None: each adapter's own seed for its order, and 0 for the splits.
         tokenizer: instead of the backbone's.
 
@@ -53,23 +57,31 @@ class AdapterDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
+        max_tokens: int | None = None,
+        packing: bool | None = None,
     ) -> None:
         super().__init__()
         if not sources:
             raise ConfigError("data.sources is empty: give each adapter a DataConfig under its name")
         check_adapter_names(list(sources))
-        for what, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_tokens": max_tokens}
+        for what, size in sizes.items():
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ConfigError(f"data.{what} must be an integer >= 1, not {size!r}")
+        if packing not in (None, True, False):
+            raise ConfigError(f"data.packing must be true, false or null, not {packing!r}")
         self.sources = {name: _config(name, source) for name, source in sources.items()}
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.max_tokens = max_tokens
+        self.packing = packing
         self.seed = seed
         self.tokenizer = tokenizer
         self.label_names: dict[str, list[str]] = {}
         self._sets: dict[str, dict[str, list[Example]]] = {}
         self._prepared_for: BackboneInfo | None = None
         self._train_loader: JointLoader | None = None
+        self._said_padded = False
 
     def setup(self, stage: str | None = None) -> None:
         """Check all files, then read, split and tokenise them, once for a tokenizer and its model.
@@ -124,7 +136,8 @@ class AdapterDataModule(LightningDataModule):
         self.sources[name], self._sets[name] = config, sets
         if self._train_loader is not None:
             size = config.batch_size or self.batch_size
-            self._train_loader.join(name, sets["train"], size, self._order_seed(name), config.shuffle)
+            seed = self._order_seed(name)
+            self._train_loader.join(name, sets["train"], size, seed, config.shuffle, config.max_tokens)
 
     def leave(self, name: str) -> None:
         """Let the data of an adapter go."""
@@ -153,17 +166,35 @@ class AdapterDataModule(LightningDataModule):
     def _loader(self, split: str, mode: str) -> JointLoader:
         sets = self.evaluation_sets(split)
         sizes = {name: config.batch_size or self.batch_size for name, config in self.sources.items()}
+        budgets = {
+            name: config.max_tokens or self.max_tokens for name, config in self.sources.items() if not config.batch_size
+        }
         if mode == "eval" and self.eval_batch_size is not None:
-            sizes = dict.fromkeys(sizes, self.eval_batch_size)
+            sizes, budgets = dict.fromkeys(sizes, self.eval_batch_size), {}
         assert self._prepared_for is not None
         return JointLoader(
             sets,
             sizes,
             seeds={name: self._order_seed(name) for name in sets},
+            max_tokens={name: budget for name, budget in budgets.items() if budget is not None},
             shuffle={name: config.shuffle for name, config in self.sources.items()},
             pad_token_id=pad_token_id(self._prepared_for.tokenizer),
             mode=mode,
+            packed=self._packs(),
         )
+
+    def _packs(self) -> bool:
+        """Whether batches are packed; says so where that was asked for and cannot be."""
+        if self.packing is False or (self.packing is None and self.trainer is None):
+            return False
+        if self.trainer is None:
+            return True
+        module: Any = self.trainer.lightning_module
+        obstacle = module.packing_obstacle()
+        if obstacle is not None and self.packing and not self._said_padded:
+            self._said_padded = True
+            warnings.warn(f"data.packing is on, but the batches are padded rows: {obstacle}", stacklevel=2)
+        return obstacle is None
 
     def _order_seed(self, name: str) -> int:
         if self.seed is None and self.trainer is not None:

@@ -1,65 +1,31 @@
-"""The joint loader: one batch a step, holding rows of every adapter, with a position that can be saved and restored.
+"""The joint loader: one batch a step, holding sequences of every adapter, with a position that can be saved and
+restored.
 
 Each adapter walks its own permutations of its own examples, so its sequence of batches depends on its examples, its
-seed and its batch size alone, never on its company. Lightning's ``CombinedLoader`` saves no position and would replay
-examples after a mid-epoch resume; this loader has ``state_dict`` and ``load_state_dict``, which Lightning calls.
-
-Shapes: B rows, T tokens of the longest row, U tokens of the longest target.
+seed and its batch size or token budget alone, never on its company, nor on packing. Lightning's ``CombinedLoader``
+saves no position and would replay examples after a mid-epoch resume; this loader has ``state_dict`` and
+``load_state_dict``, which Lightning calls.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from finetuna_lightning.errors import ConfigError, DataError, did_you_mean
 from finetuna_lightning.seeds import stream_seed
-from finetuna_lightning.training.tokenizing import IGNORED, Example
+from finetuna_lightning.training.batches import Batch, collate
+from finetuna_lightning.training.tokenizing import Example
 
 MODES = ("train", "eval")
 
 
-class Batch(TypedDict):
-    """Rows of several adapters, each adapter's rows contiguous.
-
-    ``input_ids`` and ``attention_mask``: [B, T] int64, padded on the right. ``labels``: [B, T] int64 aligned with
-    ``input_ids`` (not shifted), or [B, U] for a sequence-to-sequence model, -100 where ignored; [B] for classification.
-    ``adapters``: the names in row order; ``rows``: how many rows each has, sum B.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    adapters: list[str]
-    rows: list[int]
-
-
-def collate(groups: Mapping[str, Sequence[Example]], pad_token_id: int = 0) -> Batch:
-    """One batch of the examples of each adapter, in the order of ``groups``."""
-    examples = [example for group in groups.values() for example in group]
-    input_ids = _padded([example.input_ids for example in examples], pad_token_id)
-    mask = _padded([torch.ones_like(example.input_ids) for example in examples], 0)
-    targets = [example.labels for example in examples]
-    tensors = [target for target in targets if isinstance(target, Tensor)]
-    if tensors and len(tensors) != len(targets):
-        mixed = ", ".join(f"{name!r}" for name in groups)
-        raise DataError(f"adapters {mixed} mix classification with language modelling; a backbone has one task")
-    labels = _padded(tensors, IGNORED) if tensors else torch.tensor(targets, dtype=torch.int64)
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        labels=labels,
-        adapters=list(groups),
-        rows=[len(group) for group in groups.values()],
-    )
-
-
 class JointLoader:
-    """An iterable of joint batches; its length is the number of batches of the longest adapter.
+    """An iterable of joint batches; its length is the number of batches of the longest adapter (with token budgets, in
+    its first epoch).
 
     ``train``: an endless stream cut into passes of ``len(loader)`` batches. Every adapter is in every batch; one that
     comes to the end of its examples starts its own next epoch, in a new order, with the next batch (the last batch of
@@ -71,14 +37,18 @@ class JointLoader:
 
     Args:
         examples: by adapter.
-        batch_sizes: rows of each adapter in a batch.
+        batch_sizes: sequences of each adapter in a batch.
         seeds: of each adapter's order.
+        max_tokens: by adapter, instead of its batch size: a batch holds as many of its sequences, in their order, as
+            have at most so many tokens together, pads not counted.
         shuffle: for all adapters, or by adapter; off in ``eval``.
         pad_token_id: fills ``input_ids`` where ``attention_mask`` is 0.
         mode: ``train`` or ``eval``.
+        packed: batches are one row without pads.
 
     Raises:
-        ConfigError: for an unknown mode, a batch size below 1, or an adapter without a batch size or seed.
+        ConfigError: for an unknown mode, a batch size below 1, an adapter without a batch size or seed, or a sequence
+            longer than its adapter's token budget.
         DataError: when an adapter has nothing to train on.
     """
 
@@ -88,32 +58,50 @@ class JointLoader:
         batch_sizes: Mapping[str, int],
         *,
         seeds: Mapping[str, int],
+        max_tokens: Mapping[str, int] | None = None,
         shuffle: Mapping[str, bool] | bool = True,
         pad_token_id: int = 0,
         mode: str = "train",
+        packed: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"the mode of a JointLoader must be one of {', '.join(MODES)}, not {mode!r}")
         self.mode = mode
         self.pad_token_id = pad_token_id
+        self.packed = packed
         self._streams: dict[str, _Stream] = {}
         self._retired: set[str] = set()
         for name, rows in examples.items():
-            if name not in batch_sizes or name not in seeds:
+            budget = (max_tokens or {}).get(name)
+            if (name not in batch_sizes and budget is None) or name not in seeds:
                 raise ConfigError(f"adapter {name!r} has examples but no batch size or no seed")
             shuffled = shuffle if isinstance(shuffle, bool) else shuffle.get(name, True)
-            self.join(name, rows, batch_sizes[name], seeds[name], shuffled)
+            self.join(name, rows, batch_sizes.get(name, 1), seeds[name], shuffled, budget)
         self._length = max((stream.batches for stream in self._streams.values()), default=0)
 
-    def join(self, name: str, examples: Sequence[Example], batch_size: int, seed: int, shuffle: bool = True) -> None:
+    def join(
+        self,
+        name: str,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        max_tokens: int | None = None,
+    ) -> None:
         """Take in an adapter, from the next batch on. ``len(loader)`` stays: Lightning asks for it once."""
         if name in self._streams:
             raise ConfigError(f"the loader has an adapter {name!r} already")
-        if batch_size < 1:
+        longest = max((len(row.input_ids) for row in examples), default=0)
+        if max_tokens is not None and longest > max_tokens:
+            raise ConfigError(
+                f"adapter {name!r} has a sequence of {longest} tokens but a budget of {max_tokens} a step: "
+                f"set data.max_tokens to {longest} or more, or data.max_length to {max_tokens} or less"
+            )
+        if max_tokens is None and batch_size < 1:
             raise ConfigError(f"the batch size of adapter {name!r} must be at least 1, not {batch_size}")
         if self.mode == "train" and not examples:
             raise DataError(f"adapter {name!r} has no example to train on")
-        self._streams[name] = _Stream(examples, batch_size, seed, shuffle and self.mode == "train")
+        self._streams[name] = _Stream(examples, batch_size, seed, shuffle and self.mode == "train", max_tokens)
 
     def leave(self, name: str) -> None:
         """Let an adapter go, from the next batch on; ``len(loader)`` stays."""
@@ -159,12 +147,13 @@ class JointLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``. An adapter that is not in it starts at its beginning; one that is no longer here is
-        passed over. One whose examples, batch size or seed have changed since starts its next epoch, with a warning."""
+        passed over. One whose examples, batch size, budget or seed have changed since starts its next epoch, with a
+        warning."""
         for name, stream in self._streams.items():
             position = state["positions"].get(name)
             if position is not None and not stream.load_state_dict(position):
                 warnings.warn(
-                    f"the data, batch size or seed of adapter {name!r} changed since the checkpoint: "
+                    f"the data, batch size, token budget or seed of adapter {name!r} changed since the checkpoint: "
                     "its position in the epoch is lost, and it starts its next epoch",
                     stacklevel=2,
                 )
@@ -179,26 +168,33 @@ class JointLoader:
             active = self.active
             if not active:
                 return
-            yield collate({name: self._streams[name].advance() for name in active}, self.pad_token_id)
+            yield self._collate({name: self._streams[name].advance() for name in active})
 
     def _evaluate(self) -> Iterator[Batch]:
         for index in range(len(self)):
             groups = {name: self._streams[name].batch(index) for name in self.active}
             groups = {name: group for name, group in groups.items() if group}
             if groups:
-                yield collate(groups, self.pad_token_id)
+                yield self._collate(groups)
+
+    def _collate(self, groups: Mapping[str, Sequence[Example]]) -> Batch:
+        return collate(groups, self.pad_token_id, self.packed)
 
 
 class _Stream:
     """One adapter's endless sequence of batches: epoch after epoch, each in its own order."""
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, seed: int, shuffle: bool, max_tokens: int | None = None
+    ) -> None:
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.batches = -(-len(examples) // batch_size)
+        self.max_tokens = max_tokens
+        self._lengths = [] if max_tokens is None else [len(example.input_ids) for example in examples]
         self._start(epoch=0)
+        self.batches = len(self.cuts)
 
     def _start(self, epoch: int, position: int = 0) -> None:
         """Stand before batch ``position`` of ``epoch``."""
@@ -209,20 +205,32 @@ class _Stream:
             self.order = torch.randperm(len(self.examples), generator=generator).tolist()
         else:
             self.order = list(range(len(self.examples)))
+        self.cuts = self._cut()
+
+    def _cut(self) -> list[slice]:
+        """The batches of this epoch, as slices of its order."""
+        if self.max_tokens is None:
+            return [slice(at, at + self.batch_size) for at in range(0, len(self.order), self.batch_size)]
+        cuts, start, tokens = [], 0, 0
+        for at, row in enumerate(self.order):
+            if tokens + self._lengths[row] > self.max_tokens:
+                cuts.append(slice(start, at))
+                start, tokens = at, 0
+            tokens += self._lengths[row]
+        return [*cuts, slice(start, len(self.order))] if self.order else []
 
     def batch(self, index: int) -> list[Example]:
         """Batch ``index`` of the current epoch; empty past its end."""
-        rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        return [self.examples[row] for row in rows]
+        return [self.examples[row] for cut in self.cuts[index : index + 1] for row in self.order[cut]]
 
     def advance(self) -> list[Example]:
         """The next batch, of the next epoch where this one is used up."""
-        if self.position >= self.batches:
+        if self.position >= len(self.cuts):
             self._start(self.epoch + 1)
         self.position += 1
         return self.batch(self.position - 1)
 
-    def state_dict(self) -> dict[str, int | bool]:
+    def state_dict(self) -> dict[str, int | bool | None]:
         return {"epoch": self.epoch, "batch": self.position, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
@@ -234,15 +242,13 @@ class _Stream:
             self._start(int(state["epoch"]) + 1)
         return same
 
-    def _identity(self) -> dict[str, int | bool]:
-        """What the order of the batches depends on, the content of the examples aside."""
+    def _identity(self) -> dict[str, int | bool | None]:
+        """What the batches depend on, the content of the examples aside."""
         return {
             "examples": len(self.examples),
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size if self.max_tokens is None else None,
+            "max_tokens": self.max_tokens,
+            "lengths": None if self.max_tokens is None else stream_seed(*self._lengths),
             "seed": self.seed,
             "shuffle": self.shuffle,
         }
-
-
-def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value).to(torch.int64)

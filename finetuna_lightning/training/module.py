@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from finetuna_lightning.adapters import (
     resolve_plain,
     resolve_targets,
 )
+from finetuna_lightning.attention import enable_packing
 from finetuna_lightning.backbone import (
     BackboneInfo,
     cast_,
@@ -46,9 +47,10 @@ from finetuna_lightning.configs import (
 )
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.finetuned import adapter_of, finetuned_from_bank, is_prepared, shares_base
-from finetuna_lightning.nn.routing import Route
+from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training import live
+from finetuna_lightning.training.batches import Separate, by_adapter, cut_output, route_of, sequences
 from finetuna_lightning.training.metrics import AdapterMetrics
 from finetuna_lightning.training.optim import AdapterOptimizers, AdapterSchedules, build_optimizer, check_optimizer
 from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
@@ -77,6 +79,9 @@ class MultiAdapterModule(LightningModule):
         loss: for a plain module: ``loss(output, batch) -> scalar`` for one adapter's rows.
         finetuned: by adapter name, fine-tuned models (``new_finetuned``) over this backbone: the adapter is the
             model's, whose parameters are trained in place; its rank, targets and so on replace the configuration's.
+        deterministic: one pass for each adapter, at the shapes that it would have alone, so that on the CPU a joint run
+            is bit for bit each adapter's solo run (in one pass, other shapes round in another way); it costs the speed
+            of joint passes. None: as ``Trainer(deterministic=...)`` says.
 
     The Lightning checkpoint holds adapters, optimizer, loader and the backbone's identity; never its weights.
     """
@@ -89,6 +94,7 @@ class MultiAdapterModule(LightningModule):
         seed: int = 0,
         loss: Loss | None = None,
         finetuned: dict[str, nn.Module] | None = None,
+        deterministic: bool | None = None,
     ) -> None:
         super().__init__()
         given = backbone if isinstance(backbone, nn.Module) else as_config(BackboneConfig, backbone, "backbone")
@@ -98,7 +104,7 @@ class MultiAdapterModule(LightningModule):
         }
         self._finetuned = self._take(finetuned or {})
         self.optim_config = as_config(OptimConfig, optim or OptimConfig(), "optim")
-        self.seed, self.custom_loss = seed, loss
+        self.seed, self.custom_loss, self._deterministic = seed, loss, deterministic
         if not adapters:
             raise ConfigError("there are no adapters: give at least one name with an AdapterConfig")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -120,6 +126,8 @@ class MultiAdapterModule(LightningModule):
         self._plain_backbone: tuple[nn.Module, ...] = (given,) if isinstance(given, nn.Module) else ()
         self._bank: AdapterBank | None = None
         self._info: BackboneInfo | None = None
+        self._obstacle: str | None = None
+        self._packing_tried = False
         self.val_metrics = nn.ModuleDict()
         self.retired: set[str] = set()
         self.stopped: dict[str, str] = {}
@@ -163,6 +171,23 @@ class MultiAdapterModule(LightningModule):
         if name not in self.adapter_configs:
             live.adopt(self, name)
         return self.adapter_configs[name]
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether each adapter has a pass of its own (see ``deterministic`` above)."""
+        return torch.are_deterministic_algorithms_enabled() if self._deterministic is None else self._deterministic
+
+    def packing_obstacle(self) -> str | None:
+        """Why batches for this model cannot be packed into one row without pads; None where they can. Found out by
+        trying, once."""
+        if self.task != "causal-lm":
+            return f"the task is {self.task!r}, and only causal language models are packed"
+        if not self._packing_tried:
+            bank = self.adapters
+            with bank.bare():
+                self._obstacle = enable_packing(bank.backbone, bank)
+            self._packing_tried = True
+        return self._obstacle
 
     def adapter_seed(self, name: str) -> int:
         """The seed of an adapter's random streams: its own, or derived from the run's seed and its name."""
@@ -321,51 +346,84 @@ class MultiAdapterModule(LightningModule):
         return self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
 
     def train(self, mode: bool = True) -> MultiAdapterModule:
-        """The backbone stays in evaluation mode: it is frozen, and its dropout would couple the adapters."""
+        """The backbone stays in evaluation mode: it is frozen, and its dropout would couple the adapters, by the stream
+        that it draws from. So do the private copies of its modules."""
         super().train(mode)
-        if self.backbone is not None:
-            self.backbone.eval()
-            recompute_in_training(self.backbone, mode)
+        copies = [] if self._bank is None else [adapter.plain for adapter in self._bank.adapters()]
+        for part in (self.backbone, *copies):
+            if part is not None:
+                part.eval()
+                recompute_in_training(part, mode)
         return self
 
     # ---- one batch ----
 
     def forward(self, batch: dict[str, Any], training: bool = False, bare: bool = False) -> Any:
-        """The backbone's output for ``batch``, whose rows belong to ``batch["adapters"]``, ``batch["rows"]`` of each.
+        """The backbone's output for ``batch``, whose sequences belong to ``batch["adapters"]``, ``batch["rows"]`` of
+        each; a batch with ``lengths`` is packed (see ``batches.Batch``).
 
-        ``training`` turns the adapters' dropout on; ``bare`` leaves all adapters out.
+        ``training`` turns the adapters' dropout on; ``bare`` leaves all adapters out. In the deterministic mode the
+        result is a ``Separate``: an output for each adapter.
+
+        Raises:
+            ConfigError: for a packed batch where the model does not take one.
         """
+        if self.deterministic and not bare:
+            parts = by_adapter(batch, aligned=self.task != "seq2seq-lm")
+            return Separate([(self._pass(part, training), part) for part in parts], batch)
+        return self._pass(batch, training, bare)
+
+    def _pass(self, batch: dict[str, Any], training: bool, bare: bool = False) -> Any:
         bank = self.adapters
         assert self.backbone is not None
-        inputs = {key: value for key, value in batch.items() if key not in ("adapters", "rows", "labels")}
+        inputs = {key: value for key, value in batch.items() if key not in ("adapters", "rows", "labels", "lengths")}
         if self.task == "seq2seq-lm":
             inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
         if self.task in ("causal-lm", "seq2seq-lm"):
             inputs["use_cache"] = False
-        route = Route(tuple(batch["adapters"]), tuple(batch["rows"]))
-        with bank.bare() if bare else bank.follow(route, training=training):
+        if "lengths" in batch:
+            if (obstacle := self.packing_obstacle()) is not None:
+                raise ConfigError(f"the batch is packed, which this model does not take: {obstacle}")
+            inputs["attention_mask"] = torch.ones_like(batch["input_ids"])  # without it the model looks for sequences
+        with (
+            packed_pass(batch.get("lengths")),
+            bank.bare() if bare else bank.follow(route_of(batch), training=training),
+        ):
             return self.backbone(**inputs)
 
     def losses(self, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
-        """For each adapter of the batch: name, summed loss, number of targets, rows. Each is normalised by its own
-        count."""
-        sizes = list(batch["rows"])
-        stops = list(itertools.accumulate(sizes))
-        cuts = [slice(stop - rows, stop) for stop, rows in zip(stops, sizes, strict=True)]
+        """For each adapter of the batch: name, summed loss, number of targets, and which of the batch's sequences are
+        its. Each is normalised by its own count."""
+        if isinstance(output, Separate):
+            first = 0
+            for own, part in output.parts:
+                for name, total, count, cut in self._losses(own, part):
+                    yield name, total, count, slice(first, first + cut.stop)
+                    first += cut.stop
+        else:
+            yield from self._losses(output, batch)
+
+    def _losses(self, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
+        stops = list(accumulate(batch["rows"]))
+        cuts = [slice(stop - rows, stop) for stop, rows in zip(stops, batch["rows"], strict=True)]
         if self.custom_loss is not None:
             for name, cut in zip(batch["adapters"], cuts, strict=True):
                 own = {k: v[cut] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
-                mean = self.custom_loss(_cut(output, cut), own)
+                mean = self.custom_loss(cut_output(output, cut), own)
                 rows = cut.stop - cut.start
                 yield name, mean * rows, torch.tensor(rows, device=mean.device), cut
             return
-        pieces = zip(batch["adapters"], cuts, output.logits.split(sizes), batch["labels"].split(sizes), strict=True)
-        for name, cut, logits, labels in pieces:
-            if self.task == "causal-lm":  # the label of a position is the next token
-                labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            count = (labels != IGNORED).sum()
-            flat = logits.reshape(-1, logits.shape[-1]).float()
-            yield name, F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum"), count, cut
+        labels, packed = batch["labels"], "lengths" in batch
+        if self.task == "causal-lm":  # the label of a position is the next token, if that is of the same sequence
+            if packed:
+                labels = labels.masked_fill(batch["position_ids"] == 0, IGNORED)
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        sizes = list(route_of(batch).sizes)
+        logits, targets = (tensor.split(sizes, int(packed)) for tensor in (output.logits, labels))
+        for name, cut, own_logits, own in zip(batch["adapters"], cuts, logits, targets, strict=True):
+            count = (own != IGNORED).sum()
+            flat = own_logits.reshape(-1, own_logits.shape[-1]).float()
+            yield name, F.cross_entropy(flat, own.reshape(-1), ignore_index=IGNORED, reduction="sum"), count, cut
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """The sum of the adapters' mean losses, each divided by its ``accumulate``. No parameter is shared, so each
@@ -449,16 +507,18 @@ class MultiAdapterModule(LightningModule):
         """One dictionary a row: its adapter, and the mean loss and perplexity of a language model, or the label and
         probabilities of a classifier."""
         output = self(batch)
+        parts = output.parts if isinstance(output, Separate) else [(output, batch)]
+        return [row for own, part in parts for row in self._predictions(own, part)]
+
+    def _predictions(self, output: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        names = [name for name, n in zip(batch["adapters"], batch["rows"], strict=True) for _ in range(n)]
-        for index, name in enumerate(names):
-            one = {k: v[index : index + 1] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        for name, one, start, stop in sequences(batch):
             if self.task == "sequence-classification":
-                chances = output.logits[index].float().softmax(-1)
+                chances = output.logits[start].float().softmax(-1)
                 rows.append({"adapter": name, "label": int(chances.argmax()), "probabilities": chances.tolist()})
                 continue
-            one |= {"adapters": [name], "rows": [1]}
-            (_, total, count, _) = next(self.losses(_cut(output, slice(index, index + 1)), one))
+            own = cut_output(output, slice(start, stop), packed="lengths" in batch)
+            (_, total, count, _) = next(self.losses(own, one))
             loss = float(total / count)
             rows.append({"adapter": name, "loss": loss, "perplexity": float(torch.tensor(loss).exp())})
         return rows
@@ -662,15 +722,6 @@ class MultiAdapterModule(LightningModule):
             self.train(was_training)
         start = 0 if self.task == "seq2seq-lm" else inputs["input_ids"].shape[1]
         return [str(text) for text in tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
-
-
-def _cut(output: Any, rows: slice) -> Any:
-    """Rows of a model's output: a tensor, or a mapping or tuple of them."""
-    if isinstance(output, Tensor):
-        return output[rows]
-    if hasattr(output, "logits"):
-        return type(output)(logits=output.logits[rows])
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[rows], output)
 
 
 def _classification_heads(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finetuna_lightning.training.batches import route_of
 from finetuna_lightning.training.tokenizing import IGNORED
 
 
@@ -24,7 +25,7 @@ def guarded(
     What is out of range becomes token 0, or ignored; an index error would end the run of all. None checks nothing.
     """
     new = dict(batch)
-    rows, names = list(batch["rows"]), list(batch["adapters"])
+    names, sizes, axis = list(batch["adapters"]), list(route_of(batch).sizes), int("lengths" in batch)
     fit = {name: torch.ones((), dtype=torch.bool, device=batch["input_ids"].device) for name in names}
     for key, limit, instead in (("input_ids", tokens, 0), ("labels", classes, IGNORED)):
         values = batch.get(key)
@@ -34,9 +35,8 @@ def guarded(
         if key == "labels":
             outside &= values != IGNORED
         new[key] = torch.where(outside, instead, values)
-        if values.shape[0] == sum(rows):
-            for name, part in zip(names, outside.split(rows), strict=True):
-                fit[name] = fit[name] & ~part.any()
+        for name, part in zip(names, outside.split(sizes, axis), strict=True):
+            fit[name] = fit[name] & ~part.any()
     return new, fit
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from finetuna_lightning.adapters import AdapterBank
 from finetuna_lightning.errors import ConfigError
 from finetuna_lightning.files import replacing_file
-from finetuna_lightning.training.loader import collate
+from finetuna_lightning.training.batches import collate
 from finetuna_lightning.training.module import MultiAdapterModule
 from finetuna_lightning.training.plots import (
     BACKBONE,

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.helpers import tokenizer as byte_level
 
 
-def language_model(path: Path, seed: int = 0, **more: int) -> str:
+def language_model(path: Path, seed: int = 0, **more: float) -> str:
     """Save a random two-layer Llama with a tokenizer of one token a byte in ``path``; its name."""
     config = LlamaConfig(
         **dict(

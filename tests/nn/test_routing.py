@@ -480,6 +480,119 @@ def test_recomputation_without_the_contexts_says_what_to_do() -> None:
         loss.backward()
 
 
+# ---- packed rows ----------------------------------------------------------------------------------------------------
+
+PACKED = ["low", "high", "block", "top", "whole", "high"]  # segments of one sequence and more, of one token and more
+COUNTS, TOKENS = [1, 2, 1, 3, 1, 1], [4, 3, 1, 6, 1, 2, 2, 1, 5]
+
+
+def packed_route(bank: AdapterBank, training: bool) -> Any:
+    return bank.follow(Route(tuple(PACKED), tuple(COUNTS), lengths=tuple(TOKENS)), training=training)
+
+
+def tokens_of(name: str) -> tuple[list[int], tuple[int, ...]]:
+    """The places in the row, and the lengths, of one adapter's sequences."""
+    owners = [other for other, count in zip(PACKED, COUNTS, strict=True) for _ in range(count)]
+    starts = [sum(TOKENS[:index]) for index in range(len(TOKENS))]
+    own = [index for index, other in enumerate(owners) if other == name]
+    return [at for i in own for at in range(starts[i], starts[i] + TOKENS[i])], tuple(TOKENS[i] for i in own)
+
+
+class Layers(nn.Module):
+    """``Net`` without its own positions: they are given, as a packed row's are."""
+
+    def __init__(self, inner: Net) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: Tensor, places: Tensor, flat: bool) -> Tensor:
+        net = self.inner
+        x = net.embed(ids) + net.position(places)
+        x = net.two(net.one(x), x.new_full((1, ids.shape[1], 1), 0.5))
+        x = x[0] if flat else x  # as a mixture of experts has it
+        y, nothing, more = net.pair(x)
+        assert nothing is None
+        return net.head(x + y + more["mean"][..., None]).reshape(1, ids.shape[1], -1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("scheme", ["int8", None])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_packed_in_company_as_alone(flat: bool, training: bool, scheme: str | None) -> None:
+    """Tokens [1, T, features] and [T, features]; ids and positions [1, T]; deltas and private copies of all kinds."""
+    total = sum(TOKENS)
+    ids = torch.randint(30, (1, total), generator=torch.Generator().manual_seed(5))
+    places = torch.cat([torch.arange(length) for length in TOKENS])[None]
+    target = torch.randn(1, total, 5, generator=torch.Generator().manual_seed(1))
+    model, bank = bank_of(scheme=scheme)
+    with packed_route(bank, training):
+        joint = Layers(model)(ids, places, flat)
+    (joint * target).sum().backward()
+    for name in dict.fromkeys(PACKED):
+        at, lengths = tokens_of(name)
+        alone_model, alone_bank = bank_of(name, scheme=scheme)
+        with alone_bank.follow(Route((name,), (len(lengths),), lengths=lengths), training=training):
+            alone = Layers(alone_model)(ids[:, at], places[:, at], flat)
+        (alone * target[:, at]).sum().backward()
+        assert torch.allclose(joint[:, at], alone, atol=1e-5), name
+        mine, theirs = gradients(bank[name]), gradients(alone_bank[name])
+        assert mine.keys() == theirs.keys() == dict(bank[name].named_parameters()).keys()
+        assert all(torch.allclose(mine[key], theirs[key], atol=1e-4, rtol=1e-4) for key in mine), name
+
+
+def test_packed_tokens_have_the_masks_that_padded_rows_have() -> None:
+    model, bank = bank_of("high")
+    x = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(0))
+    lengths = (4, 7, 1)
+    with bank.follow(Route(("high",), (3,), {"high": 5})):
+        padded = model.one.up(x)
+    row = torch.cat([x[index, :length] for index, length in enumerate(lengths)])
+    for packed in (row[None], row):
+        with bank.follow(Route(("high",), (3,), {"high": 5}, lengths)):
+            found = model.one.up(packed).reshape(-1, 20).split(lengths)
+        for index, length in enumerate(lengths):
+            assert torch.allclose(found[index], padded[index, :length], atol=1e-5)
+
+
+def test_an_adapters_masks_count_its_own_sequences_alone() -> None:
+    """In two segments, beside others, in another order of company."""
+    model, bank = bank_of("high", "low")
+    x = torch.randn(1, 12, 12, generator=torch.Generator().manual_seed(0))
+    seeds = {"high": 5, "low": 6}
+    with bank.follow(Route(("high", "low", "high"), (1, 1, 1), seeds, (3, 4, 5))):
+        joint = model.one.up(x)
+    with bank.follow(Route(("high",), (2,), seeds, (3, 5))):
+        alone = model.one.up(torch.cat([x[:, :3], x[:, 7:]], 1))
+    assert torch.allclose(torch.cat([joint[:, :3], joint[:, 7:]], 1), alone, atol=1e-5)
+
+
+def test_packed_routes() -> None:
+    route = Route(("a", "b", "a"), (2, 0, 1), lengths=(3, 1, 4))
+    assert route.sizes == (4, 0, 4) and route.total == 8
+    assert list(route.segments(8)) == [("a", 0, 4), ("a", 4, 8)]
+    assert list(route.segments(16)) == [("a", 0, 8), ("a", 8, 16)]
+    assert [route.axis(shape) for shape in ((1, 8), (1, 8, 2), (8,), (8, 2))] == [1, 1, 0, 0]
+    assert Route(("a",), (1,)).axis((1, 8)) == 0
+    assert route.only(["a"]) == Route(("a", "a"), (2, 1), lengths=(3, 1, 4))
+    assert Route(("a", "b"), (1, 2), {"b": 1}, (1, 2, 3)).only(["b"]) == Route(("b",), (2,), {"b": 1}, (2, 3))
+    with pytest.raises(RouteError, match="8 packed tokens, but a layer met 6"):
+        list(route.segments(6))
+    for rows, lengths in (((2,), (3,)), ((1,), (3, 4)), ((2,), (3, 0))):
+        with pytest.raises(RouteError, match="needs as many lengths of at least 1"):
+            Route(("a",), rows, lengths=lengths)
+
+
+def test_parts_of_one_token_each_go_back_to_their_places() -> None:
+    model, bank = bank_of("whole", "low")
+    x = torch.randn(1, 2, 12, generator=torch.Generator().manual_seed(0))
+    with bank.follow(Route(("low", "whole"), (1, 1), lengths=(1, 1))):
+        joint, _, more = model.pair(x)
+    assert joint.shape == (1, 2, 12) and more["mean"].shape == (1, 2)
+    for index, name in enumerate(("low", "whole")):
+        with bank.follow(Route((name,), (1,), lengths=(1,))):
+            assert torch.allclose(joint[:, [index]], model.pair(x[:, [index]])[0], atol=1e-6)
+
+
 # ---- classes --------------------------------------------------------------------------------------------------------
 
 

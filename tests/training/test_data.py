@@ -34,6 +34,8 @@ class Module(pl.LightningModule):
         limits = {"max_positions": None, "vocab_size": None, "num_labels": 2}
         self.info = BackboneInfo(**{"tokenizer": byte_tokenizer(), "task": "causal-lm", **limits, **info})
         self.asked = 0
+        self.obstacle: str | None = "it is a number"
+        self.packed: set[bool] = set()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: dict[str, list[dict[str, list[str]]]] = {"train": [], "val": [], "test": [], "predict": []}
 
@@ -44,8 +46,13 @@ class Module(pl.LightningModule):
     def adapter_seed(self, name: str) -> int:
         return sum(name.encode())
 
+    def packing_obstacle(self) -> str | None:
+        return self.obstacle
+
     def keep(self, split: str, batch: Any) -> None:
-        rows = self.info.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        self.packed.add("lengths" in batch)
+        ids = batch["input_ids"][0].split(batch["lengths"]) if "lengths" in batch else batch["input_ids"]
+        rows = self.info.tokenizer.batch_decode(ids, skip_special_tokens=True)
         ends = torch.tensor(batch["rows"]).cumsum(0).tolist()
         parts = {
             name: rows[end - count : end]
@@ -223,12 +230,14 @@ def test_what_cannot_be_split_is_said(tmp_path: Path) -> None:
     assert data.predict_dataloader() == []
 
 
-def test_fit_validate_test_and_predict(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_fit_validate_test_and_predict(tmp_path: Path, packed: bool) -> None:
     sources = {
         "a": DataConfig(prompts(tmp_path / "a.jsonl", 8), val_fraction=0.25, test_fraction=0.25),
         "b": DataConfig(prompts(tmp_path / "b.jsonl", 4), val_fraction=0.25),
     }
     module, data = Module(["b", "a"]), AdapterDataModule(sources, batch_size=2)
+    module.obstacle = None if packed else "it is a number"
     trainer = trainer_of(tmp_path, max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(module, datamodule=data)
     assert trainer.train_dataloader is data.train_dataloader()
@@ -238,6 +247,63 @@ def test_fit_validate_test_and_predict(tmp_path: Path) -> None:
     assert [list(parts) for parts in module.seen["train"]] == [["a", "b"]] * 4
     assert [list(parts) for parts in module.seen["val"]] == [["a", "b"]] * 3
     assert module.seen["test"] == module.seen["predict"] == [{"a": shown(data.evaluation_sets("test")["a"])}]
+    assert module.packed == {packed}
+
+
+def test_packing_follows_the_setting_and_the_model(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    config = DataConfig(prompts(tmp_path / "a.jsonl", 8), val_fraction=0.25)
+
+    def seen(packing: bool | None, obstacle: str | None) -> set[bool]:
+        module = Module(["a"])
+        module.obstacle = obstacle
+        data = AdapterDataModule({"a": config}, packing=packing)
+        trainer_of(tmp_path, max_epochs=1).fit(module, datamodule=data)
+        return module.packed
+
+    assert seen(None, None) == seen(True, None) == {True}
+    assert seen(False, None) == seen(None, "it cannot") == {False}
+    assert not [str(found.message) for found in recwarn if "packing" in str(found.message)]
+    with pytest.warns(UserWarning, match=r"packing is on, but the batches are padded rows: it cannot") as said:
+        assert seen(True, "it cannot") == {False}
+    assert len([found for found in said if "packing" in str(found.message)]) == 1
+    alone = AdapterDataModule({"a": config}, tokenizer=byte_tokenizer())  # no model to ask
+    alone.setup()
+    assert "lengths" not in next(iter(alone.train_dataloader()))
+    alone = AdapterDataModule({"a": config}, tokenizer=byte_tokenizer(), packing=True)
+    alone.setup()
+    assert "lengths" in next(iter(alone.train_dataloader()))
+
+
+def test_a_token_budget_is_the_source_s_or_the_module_s(tmp_path: Path) -> None:
+    path = prompts(tmp_path / "a.jsonl", 12)
+    sources = {
+        "own": DataConfig(path, val_fraction=0.5, max_tokens=50),
+        "shared": DataConfig(path, val_fraction=0.5),
+        "counted": DataConfig(path, val_fraction=0.5, batch_size=3),
+    }
+
+    def counts(loader: Any) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for batch in loader:
+            for name, rows in zip(batch["adapters"], batch["rows"], strict=True):
+                found.setdefault(name, []).append(rows)
+        return found
+
+    data = AdapterDataModule(sources, max_tokens=70, tokenizer=byte_tokenizer())
+    data.setup()
+    lengths = {name: [len(e.input_ids) for e in sets] for name, sets in data.evaluation_sets("val").items()}
+    for name, budget in (("own", 50), ("shared", 70)):
+        at = 0
+        for rows in counts(data.val_dataloader())[name]:
+            assert sum(lengths[name][at : at + rows]) <= budget < sum(lengths[name][at : at + rows + 1]) or (
+                at + rows == len(lengths[name])
+            )
+            at += rows
+    assert counts(data.val_dataloader())["counted"] == [3, 3]
+    data = AdapterDataModule(sources, max_tokens=70, eval_batch_size=4, tokenizer=byte_tokenizer())
+    data.setup()
+    assert set(map(tuple, counts(data.val_dataloader()).values())) == {(4, 2)}
+    assert counts(data.train_dataloader())["own"] != [4, 2]
 
 
 def test_order_follows_the_adapters_seed(tmp_path: Path) -> None:

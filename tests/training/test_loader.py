@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from finetuna_lightning.errors import ConfigError, DataError
-from finetuna_lightning.training.loader import JointLoader, collate
+from finetuna_lightning.training.batches import collate
+from finetuna_lightning.training.loader import JointLoader
 from finetuna_lightning.training.tokenizing import IGNORED, Example
 
 # lightning 2.6 on torch 2.13, in CombinedLoader's use of pytrees
@@ -36,7 +37,8 @@ def make(names: str = "abc", **changes: Any) -> JointLoader:
 
 def shown(batch: Any) -> dict[str, list[int]]:
     """The examples of each adapter in a batch."""
-    rows = batch["input_ids"][:, 0].split(batch["rows"])
+    firsts = batch["input_ids"][batch["position_ids"] == 0] if "lengths" in batch else batch["input_ids"][:, 0]
+    rows = firsts.split(batch["rows"])
     return {name: row.tolist() for name, row in zip(batch["adapters"], rows, strict=True)}
 
 
@@ -71,6 +73,100 @@ def test_collate_of_classes_and_of_targets_of_another_length() -> None:
     assert targets["labels"].tolist() == [[2, 3], [4, IGNORED]]
     with pytest.raises(DataError, match="'a', 'b' mix classification"):
         collate({"a": [example(1)], "b": [Example(torch.tensor([1]), 0)]})
+
+
+def test_collate_packs_into_one_row() -> None:
+    long = Example(torch.tensor([4, 5, 6]), torch.tensor([IGNORED, 5, 6]))
+    batch = collate({"b": [example(7)], "a": [long, example(8, 9)]}, packed=True)
+    assert batch["input_ids"].tolist() == [[7, 4, 5, 6, 8, 9]]
+    assert batch["labels"].tolist() == [[7, IGNORED, 5, 6, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1]]
+    assert (batch["adapters"], batch["rows"], batch["lengths"]) == (["b", "a"], [1, 2], [1, 3, 2])
+    assert "attention_mask" not in batch
+    for other in (Example(torch.tensor([1, 2]), 0), Example(torch.tensor([1]), torch.tensor([2, 3]))):
+        with pytest.raises(DataError, match="only examples with a label for each token can be packed"):
+            collate({"a": [other]}, packed=True)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_packed_batches_hold_the_same_sequences(mode: str) -> None:
+    padded, packed = make("abc", mode=mode), make("abc", mode=mode, packed=True)
+    assert [shown(batch) for batch in packed] == [shown(batch) for batch in padded]
+
+
+# ---- token budgets --------------------------------------------------------------------------------------------------
+
+LENGTHS = {"a": [5, 1, 7, 2, 2, 9, 3, 1, 1, 8, 4, 6], "b": [3, 3, 3, 3, 3], "c": [10]}
+BUDGETS = {"a": 10, "b": 6, "c": 10}
+
+
+def ragged(names: str = "abc", **changes: Any) -> JointLoader:
+    """Example i of an adapter is as many tokens i as ``LENGTHS`` says."""
+    settings: dict[str, Any] = {"seeds": SEEDS, "max_tokens": BUDGETS, "lengths": LENGTHS, **changes}
+    lengths = settings.pop("lengths")
+    examples = {name: [example(*[i] * length) for i, length in enumerate(lengths[name])] for name in names}
+    return JointLoader(examples, {}, **settings)
+
+
+def test_a_budget_is_filled_and_kept() -> None:
+    for mode in ("train", "eval"):
+        loader = ragged("a", mode=mode)
+        batches = [shown(batch)["a"] for batch in loader]
+        assert sorted(chain(*batches)) == list(range(12))
+        for index, rows in enumerate(batches):
+            tokens = sum(LENGTHS["a"][row] for row in rows)
+            assert 0 < tokens <= 10
+            if index + 1 < len(batches):  # the next one would not have fitted
+                assert tokens + LENGTHS["a"][batches[index + 1][0]] > 10
+    assert [shown(batch)["b"] for batch in ragged("b", shuffle=False)] == [[0, 1], [2, 3], [4]]
+
+
+def test_budgets_do_not_depend_on_company() -> None:
+    together = take(ragged("abc"), 20)
+    for name in "abc":
+        assert [batch[name] for batch in together] == [batch[name] for batch in take(ragged(name), 20)]
+
+
+def test_budgets_and_batch_sizes_side_by_side() -> None:
+    examples = {name: [example(*[i] * 3) for i in range(8)] for name in "ab"}
+    loader = JointLoader(examples, {"b": 3}, seeds=SEEDS, max_tokens={"a": 7}, shuffle=False)
+    assert take(loader, 2) == [{"a": [0, 1], "b": [0, 1, 2]}, {"a": [2, 3], "b": [3, 4, 5]}]
+
+
+@pytest.mark.parametrize("stop", range(0, 24, 3))
+def test_state_restores_the_position_with_budgets(stop: int) -> None:
+    """Epochs of an adapter have different numbers of batches."""
+    assert len({len(take(ragged("a", seeds={"a": seed}), 1)[0]["a"]) for seed in range(9)}) > 1
+    whole = take(ragged("abc"), 30)
+    loader = ragged("abc")
+    if stop:
+        take(loader, stop)
+    resumed = ragged("abc")
+    resumed.load_state_dict(loader.state_dict())
+    assert take(resumed, 30 - stop) == whole[stop:]
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_tokens": {"a": 11}}, {"lengths": {"a": [5, 2, 7, 2, 2, 9, 3, 1, 1, 8, 4, 6]}}]
+)
+def test_a_position_under_another_budget_is_not_used(change: dict[str, Any]) -> None:
+    loader = ragged("a")
+    take(loader, 8)
+    resumed = ragged("a", **change)
+    with pytest.warns(UserWarning, match="token budget or seed of adapter 'a' changed"):
+        resumed.load_state_dict(loader.state_dict())
+
+
+def test_a_sequence_longer_than_the_budget_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="adapter 'a' has a sequence of 9 tokens but a budget of 8 a step: set"):
+        ragged("ab", max_tokens={"a": 8, "b": 6})
+
+
+def test_an_adapter_with_a_budget_and_no_examples_is_not_evaluated() -> None:
+    assert list(ragged("a", mode="eval", lengths={"a": []})) == []
+
+
+# ---- epochs ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_train_epoch_has_every_example_once_and_the_next_is_ordered_anew() -> None:

@@ -180,14 +180,15 @@ def test_recomputing_activations_changes_nothing(tmp_path: Path) -> None:
 # ---- modes and bytes ------------------------------------------------------------------------------------------------
 
 
-def test_the_backbone_stays_in_evaluation_mode(tmp_path: Path) -> None:
+def test_the_backbone_and_private_copies_of_it_stay_in_evaluation_mode(tmp_path: Path) -> None:
     module = tiny_module(tmp_path, BOTH)
     for mode in (True, False, True):
         module.adapters.train(mode)
         module.train(mode)
         assert module.backbone is not None
-        assert not any(part.training for part in module.backbone.modules())
-        assert all(part.training is mode for part in module.adapters.modules())
+        plain = [part for name in BOTH for part in module.adapters[name].plain.modules()]
+        assert not any(part.training for part in (*module.backbone.modules(), *plain))
+        assert len(plain) > len(BOTH) and all(module.adapters[name].deltas.training is mode for name in BOTH)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-blockwise", "fp8", "none"])

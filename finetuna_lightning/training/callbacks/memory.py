@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from finetuna_lightning.adapters import Adapter
 from finetuna_lightning.errors import ConfigError
+from finetuna_lightning.training.batches import route_of
 from finetuna_lightning.training.optim import optimizer_bytes
 from finetuna_lightning.training.report import bank_of, memory_table
 
@@ -25,9 +26,9 @@ class AdapterMemoryMonitor(Callback):
 
     ``weights``, ``gradients`` and ``optimizer`` are exact. ``activations`` is an adapter's share of what the forward
     pass keeps for the backward pass: every storage once, without parameters and buffers, divided in proportion to the
-    tokens (pads included) of each adapter's rows. Logged as ``memory/<adapter>/<part>``, with ``memory/backbone/bytes``
-    and ``memory/peak/bytes``: of a CUDA device what torch had allocated at the most, elsewhere the process's peak
-    resident size. Steps that are not measured cost one comparison.
+    tokens (pads included) of each adapter's sequences. Logged as ``memory/<adapter>/<part>``, with
+    ``memory/backbone/bytes`` and ``memory/peak/bytes``: of a CUDA device what torch had allocated at the most,
+    elsewhere the process's peak resident size. Steps that are not measured cost one comparison.
 
     Args:
         every_n_steps: steps from one measurement to the next.
@@ -186,12 +187,13 @@ def _storage(tensor: Tensor) -> tuple[tuple[torch.device, int], int]:
 
 
 def shares(total: int, batch: Any, names: Sequence[str]) -> dict[str, int]:
-    """``total`` divided among the adapters of ``batch`` by their rows, which are padded to one length; nothing is lost
-    to rounding. Without a route in the batch, all of ``names`` have equal parts."""
+    """``total`` divided among the adapters of ``batch`` by their rows, which are padded to one length, or by their
+    packed tokens; nothing is lost to rounding. Without a route in the batch, all of ``names`` have equal parts."""
     if isinstance(batch, dict) and "adapters" in batch and "rows" in batch:
         weights: dict[str, int] = {}
-        for name, rows in zip(batch["adapters"], batch["rows"], strict=True):
-            weights[name] = weights.get(name, 0) + rows
+        route = route_of(batch)
+        for name, size in zip(route.names, route.sizes, strict=True):
+            weights[name] = weights.get(name, 0) + size
     else:
         weights = dict.fromkeys(names, 1)
     parts: dict[str, int] = {}

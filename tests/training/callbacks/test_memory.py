@@ -210,6 +210,7 @@ def test_a_fit_without_a_step_reports_the_weights(module: MultiAdapterModule) ->
         ({"adapters": ["a", "b"], "rows": [1, 2]}, {"a": 3, "b": 7}),
         ({"adapters": ["a", "b"], "rows": [1, 1]}, {"a": 5, "b": 5}),
         ({"adapters": ["a", "b", "a"], "rows": [2, 1, 1]}, {"a": 7, "b": 3}),
+        ({"adapters": ["a", "b"], "rows": [1, 2], "lengths": [7, 1, 2]}, {"a": 7, "b": 3}),
         ({"x": 1}, {"a": 5, "b": 5}),
     ],
 )
