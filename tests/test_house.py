@@ -35,10 +35,13 @@ HOUSE = """
     3  backbone.py
     4  finetuned.py
     5  training/precision.py
+    5  training/checkpoint_io.py
+    5  training/distributed.py
     5  training/optim.py
     5  training/sources.py
     5  training/tokenizing.py
     5  training/loader.py
+    5  training/resume.py
     5  training/data.py
     5  training/metrics.py
     5  training/module.py

@@ -58,6 +58,26 @@ def collate(groups: Mapping[str, Sequence[Example]], pad_token_id: int = 0) -> B
     )
 
 
+def deal(groups: Mapping[str, Sequence[Example]], rank: int, world_size: int) -> dict[str, list[Example]]:
+    """The rows of process ``rank``: all rows of the joint batch, in order, are dealt one by one to the processes, so
+    that every process has as many as the next and small adapters do not all fall to the first. An adapter without a
+    row here is left out. Where a process would have none at all, it gets the first row with every label ignored, which
+    counts for nothing and keeps it in step."""
+    mine: dict[str, list[Example]] = {}
+    place = 0
+    for name, rows in groups.items():
+        own = [row for index, row in enumerate(rows, place) if index % world_size == rank]
+        place += len(rows)
+        if own:
+            mine[name] = own
+    if not mine and groups:
+        name, rows = next(iter(groups.items()))
+        labels = rows[0].labels
+        masked = torch.full_like(labels, IGNORED) if isinstance(labels, Tensor) else IGNORED
+        mine[name] = [Example(rows[0].input_ids, masked)]
+    return mine
+
+
 class JointLoader:
     """An iterable of joint batches; its length is the number of batches of the longest adapter.
 
@@ -76,6 +96,8 @@ class JointLoader:
         shuffle: for all adapters, or by adapter; off in ``eval``.
         pad_token_id: fills ``input_ids`` where ``attention_mask`` is 0.
         mode: ``train`` or ``eval``.
+        rank, world_size: of this process, which gets its part of every batch (see ``deal``); batch sizes, positions and
+            ``len`` are those of all processes together.
 
     Raises:
         ConfigError: for an unknown mode, a batch size below 1, or an adapter without a batch size or seed.
@@ -91,10 +113,13 @@ class JointLoader:
         shuffle: Mapping[str, bool] | bool = True,
         pad_token_id: int = 0,
         mode: str = "train",
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"the mode of a JointLoader must be one of {', '.join(MODES)}, not {mode!r}")
         self.mode = mode
+        self.rank, self.world_size = rank, world_size
         self.pad_token_id = pad_token_id
         self._streams: dict[str, _Stream] = {}
         self._retired: set[str] = set()
@@ -166,14 +191,18 @@ class JointLoader:
             active = self.active
             if not active:
                 return
-            yield collate({name: self._streams[name].advance() for name in active}, self.pad_token_id)
+            yield self._collate({name: self._streams[name].advance() for name in active})
 
     def _evaluate(self) -> Iterator[Batch]:
         for index in range(len(self)):
             groups = {name: self._streams[name].batch(index) for name in self.active}
             groups = {name: group for name, group in groups.items() if group}
             if groups:
-                yield collate(groups, self.pad_token_id)
+                yield self._collate(groups)
+
+    def _collate(self, groups: dict[str, list[Example]]) -> Batch:
+        mine = groups if self.world_size == 1 else deal(groups, self.rank, self.world_size)
+        return collate(mine, self.pad_token_id)
 
 
 class _Stream:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +34,7 @@ from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfi
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.seeds import stream_seed
+from finetuna_lightning.training import checkpoint_io, distributed, resume
 from finetuna_lightning.training.metrics import AdapterMetrics
 from finetuna_lightning.training.optim import build_optimizer, build_scheduler, clip_each_group
 from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
@@ -58,7 +61,12 @@ class MultiAdapterModule(LightningModule):
         seed: of the run; adapters without a seed of their own derive theirs from it and their name.
         loss: for a plain module: ``loss(output, batch) -> scalar`` for one adapter's rows.
 
-    The Lightning checkpoint holds adapters, optimizer, loader and the backbone's identity; never its weights.
+    The Lightning checkpoint holds adapters, optimizer, loader and the backbone's identity; never its weights. It is
+    written whole or not at all (``SafeCheckpointIO``), and a run that is resumed from it goes on bit for bit on the
+    CPU, also in the middle of an accumulation. Adapters are matched by name: one that the checkpoint lacks starts
+    fresh, one that is here no more is passed over.
+
+    Runs on one device, or on several processes under Lightning's DDP, which then sends the adapters' gradients alone.
     """
 
     def __init__(
@@ -98,6 +106,7 @@ class MultiAdapterModule(LightningModule):
         self._info: BackboneInfo | None = None
         self.val_metrics = nn.ModuleDict()
         self.retired: set[str] = set()
+        self._resumed: dict[str, Any] = {}  # what is put back when training starts
 
     # ---- what others ask ----
 
@@ -163,6 +172,8 @@ class MultiAdapterModule(LightningModule):
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         refuse_joint_clipping(self.trainer.gradient_clip_val)
+        distributed.prepare_strategy(self.trainer)
+        checkpoint_io.install(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Load the backbone into 8 bits and attach the adapters. A second call does nothing."""
@@ -178,6 +189,7 @@ class MultiAdapterModule(LightningModule):
                     targets=adapter.target_modules, plain=[*adapter.plain_modules, *new], seed=self.adapter_seed(name),
                 )  # fmt: skip
         self._bank = bank
+        self._ddp_params_and_buffers_to_ignore = distributed.never_sent(self, "backbone")
         info = self.backbone_info()
         self.val_metrics = nn.ModuleDict({name: AdapterMetrics(self.task, info.num_labels) for name in bank})
         self.train()
@@ -306,7 +318,8 @@ class MultiAdapterModule(LightningModule):
         means: list[Tensor] = []
         # the value on Lightning's own bars is fetched from the device every step; AdapterProgress does without
         bar = isinstance(self.trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar)
-        for name, total, count, cut in self.losses(output, batch):
+        pieces = self.losses(output, batch)
+        for name, total, count, cut in distributed.over_all_ranks(self._trainer, self.adapter_names, pieces):
             mean = total / count
             means.append(mean)
             rows = cut.stop - cut.start
@@ -320,22 +333,25 @@ class MultiAdapterModule(LightningModule):
         for name, total, count, cut in self.losses(output, batch):
             metrics = self.val_metrics[name]
             assert isinstance(metrics, AdapterMetrics)
+            if self.trainer.world_size > 1 and not count:
+                continue  # a row that only fills the batch of a process without any
             classes = self.task == "sequence-classification"
             metrics.update(
                 total, count, output.logits[cut] if classes else None, batch["labels"][cut] if classes else None
             )
 
     def _log_metrics(self, stage: str) -> None:
-        losses = []
-        for name, metrics in self.val_metrics.items():
-            assert isinstance(metrics, AdapterMetrics)
-            values = metrics.compute()
+        losses, several = [], self.trainer.world_size > 1
+        sets = {name: metrics for name, metrics in self.val_metrics.items() if isinstance(metrics, AdapterMetrics)}
+        met = distributed.on_any_rank(self.trainer, {name: metrics.has_data for name, metrics in sets.items()})
+        for name, metrics in sets.items():
+            values = metrics.compute(elsewhere=met[name])
             for what, value in values.items():
-                self.log(f"{stage}/{name}/{what}", value)
+                self.log(f"{stage}/{name}/{what}", value, sync_dist=several)
             losses += [values["loss"]] if values else []
             metrics.reset()
         if losses:
-            self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True)
+            self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=several)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add to each adapter's metrics."""
@@ -390,8 +406,18 @@ class MultiAdapterModule(LightningModule):
         for name, norm in clip_each_group(optimizer).items():
             self.log(f"train/{name}/grad_norm", norm)
 
+    def on_fit_start(self) -> None:
+        """Raise BackboneError where the processes of a distributed run loaded different backbones."""
+        distributed.check_same_backbone(self.trainer, self.adapters.origin["fingerprint"])
+
     def on_train_start(self) -> None:
-        """After a resume: an adapter that was given more steps comes back, and a run that is done stays done."""
+        """After a resume: what Lightning's checkpoint lacks is put back, an adapter that was given more steps comes
+        back, and a run that is done stays done."""
+        resumed, self._resumed = self._resumed, {}
+        resume.load_positions(self.trainer)
+        resume.put_gradients(self.adapters, resumed.get("gradients", {}))
+        if resumed.get("random") and self.trainer.world_size == 1:
+            resume.set_random_states(resumed["random"])
         self._retire()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
@@ -417,25 +443,34 @@ class MultiAdapterModule(LightningModule):
         return {f"{_STATE_PREFIX}{key}": value for key, value in self.adapters.state_dict().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take the adapters' weights, by name.
+        """Take the weights of the adapters that are in both, by name, and say which are in one only.
 
         Raises:
-            CheckpointError: when the checkpoint's adapters are not these, in name and shape.
+            CheckpointError: when none is in both, or one has other parameters or shapes.
         """
         state = {key.removeprefix(_STATE_PREFIX): value for key, value in state_dict.items()}
-        theirs, mine = sorted({key.split(".")[0] for key in state}), sorted(self.adapters)
-        if theirs != mine:
+        theirs, mine = {key.split(".")[0] for key in state}, set(self.adapters)
+        if not theirs & mine:
             raise CheckpointError(
-                f"the checkpoint holds adapters {', '.join(theirs)}; this module has {', '.join(mine)}"
+                f"the checkpoint holds adapters {_listed(theirs)}; this module has {_listed(mine)}: none in common"
             )
+        if mine - theirs:
+            rank_zero_info(f"not in the checkpoint, so starting fresh: {_listed(mine - theirs)}")
+        if theirs - mine:
+            rank_zero_info(f"in the checkpoint but not in this run, so passed over: {_listed(theirs - mine)}")
+        wanted = {key: value for key, value in state.items() if key.split(".")[0] in mine}
+        own = self.adapters.state_dict()
+        wanted |= {key: value for key, value in own.items() if key.split(".")[0] not in theirs}
         try:
-            return self.adapters.load_state_dict(state, strict=strict, assign=assign)
+            return self.adapters.load_state_dict(wanted, strict=strict, assign=assign)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise CheckpointError("the checkpoint's adapters have other shapes: " + " ".join(lines[1:3])) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the backbone's identity and the adapters' positions in their dropout streams."""
+        """Add the backbone's identity, the adapters' positions in their dropout streams, and what Lightning leaves
+        out."""
+        trainer = self._trainer
         checkpoint["finetuna"] = {
             "backbone": {
                 key: self.adapters.origin.get(key) for key in ("backbone", "revision", "scheme", "fingerprint")
@@ -443,9 +478,17 @@ class MultiAdapterModule(LightningModule):
             "calls": {adapter.name: adapter.calls for adapter in self.adapters.adapters()},
             "retired": sorted(self.retired),
         }
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if resume.is_accumulating(trainer):
+            checkpoint["finetuna"]["gradients"] = resume.gradients(self.adapters)
+        checkpoint["finetuna"]["random"] = resume.random_states()
+        resume.repeat_unfinished_validation(trainer, checkpoint)
+        resume.leave_finished_epoch(trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise CheckpointError for a checkpoint of another backbone; else take the stream positions."""
+        """Raise CheckpointError for a checkpoint of another backbone; else take the stream positions, and order the
+        optimizer's state as the adapters are here."""
         saved = checkpoint.get("finetuna")
         if saved is None:
             raise CheckpointError(
@@ -461,7 +504,27 @@ class MultiAdapterModule(LightningModule):
         for name, calls in saved["calls"].items():
             if name in self.adapters:
                 self._adapter(name).calls = calls
-        self.retired = set(saved["retired"])
+        self.retired = set(saved["retired"]) & set(self.adapters)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = {key: saved[key] for key in ("gradients", "random") if key in saved}
+            self._order_by_name(checkpoint)
+
+    def _order_by_name(self, checkpoint: dict[str, Any]) -> None:
+        """Have the states of optimizer and schedule fit the adapters of this run. Not needed once both go by name."""
+        states, names = checkpoint.get("optimizer_states"), list(self.adapters)
+        if not states or "param_groups" not in states[0] or resume.group_names(states[0]) == names:
+            return
+        theirs = resume.group_names(states[0])
+        parameters = {adapter.name: adapter.parameters() for adapter in self.adapters.adapters()}
+        configs = {name: self.adapter_configs[name] for name in names}
+        fresh = build_optimizer(parameters, configs, self.optim_config).state_dict()
+        for group in fresh["param_groups"]:
+            group["initial_lr"] = group["lr"]
+        checkpoint["optimizer_states"] = [resume.optimizer_state_by_name(states[0], fresh)]
+        rates = {name: config.lr for name, config in configs.items()}
+        checkpoint["lr_schedulers"] = [
+            resume.scheduler_state_by_name(state, theirs, rates) for state in checkpoint["lr_schedulers"]
+        ]
 
     # ---- use ----
 
@@ -528,6 +591,10 @@ def _cut(output: Any, rows: slice) -> Any:
     if hasattr(output, "logits"):
         return type(output)(logits=output.logits[rows])
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[rows], output)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _classification_heads(model: nn.Module) -> list[str]:
