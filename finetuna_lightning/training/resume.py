@@ -110,19 +110,20 @@ def repeat_unfinished_validation(trainer: Trainer, checkpoint: dict[str, Any]) -
 
 
 def leave_finished_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Have a run that is resumed from ``checkpoint``, which was saved in ``on_train_epoch_end``, begin with the next
-    epoch. Where ``max_steps`` counts, Lightning takes the epoch for unfinished and trains one batch too many in it; a
+    """Have a run that is resumed from ``checkpoint``, which was saved in ``on_train_epoch_end`` or at the end of a fit,
+    begin with the next epoch. Where ``max_steps`` counts, Lightning takes the epoch for unfinished and trains one batch too many in it; a
     state saved at the end of the epoch's last batch it reads rightly, so it is given that."""
-    if trainer.state.fn != TrainerFn.FITTING or trainer.max_steps == -1 or not trainer.training:
+    if trainer.state.fn != TrainerFn.FITTING or trainer.max_steps == -1 or trainer.validating:
         return
     epoch: Any = trainer.fit_loop.epoch_progress.current
     batch: Any = trainer.fit_loop.epoch_loop.batch_progress
-    ended = epoch.processed == epoch.ready and epoch.completed == epoch.processed - 1
-    if not ended or not batch.is_last_batch or batch.current.completed != batch.current.processed:
+    ended = epoch.processed == epoch.ready and batch.current.completed == batch.current.processed
+    if not ended or not batch.is_last_batch:
         return
     loops = checkpoint["loops"]["fit_loop"]
     for part in ("total", "current"):
         loops["epoch_progress"][part]["processed"] -= 1
+        loops["epoch_progress"][part]["completed"] = loops["epoch_progress"][part]["processed"]
         loops["epoch_loop.batch_progress"][part]["completed"] -= 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, DataConfig
@@ -54,7 +55,7 @@ def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     usual = {"max_steps": STEPS, "accumulate_grad_batches": 2, "val_check_interval": 5, "limit_val_batches": 2}
     usual |= {"check_val_every_n_epoch": None, "enable_checkpointing": False, "default_root_dir": folder}
-    if any(type(callback).__name__ == "TrainerCheckpoint" for callback in callbacks):
+    if any(isinstance(callback, Checkpoint) for callback in callbacks):
         usual["enable_checkpointing"] = True
     return Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet | usual | options)
 
