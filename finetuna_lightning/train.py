@@ -7,6 +7,7 @@ finetuna-train -m adapter.rank=4,8,16 adapter.lr=1e-4,3e-4 data.path=./chats.jso
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -36,7 +37,7 @@ def _quiet() -> None:
         logging.getLogger(name).handlers.clear()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Noise())
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own
+    warnings.filterwarnings("ignore", message="Experiment logs directory")  # what was in it is kept: see _keep_metrics
 
 
 _MISTAKES = (FinetunaError, HydraException, OmegaConfBaseException)
@@ -59,6 +60,7 @@ def train(config: DictConfig) -> float | None:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     started = time.monotonic()
     ckpt_path = _resume_path(plain)
+    _keep_metrics(Path(plain["output_dir"]) / "logs")
     check_samples(plain)
     module, data = build_module(plain), build_data(plain)
     pl.seed_everything(plain["seed"], verbose=False)
@@ -100,6 +102,14 @@ def _resume_path(plain: dict[str, Any]) -> str | None:
             raise CheckpointError(f"ckpt_path: there is no good checkpoint in {str(given)!r}")
         path = newest
     return str(path)
+
+
+def _keep_metrics(logs: Path) -> None:
+    """Give the metrics of the part of a run that came before a resume in the same folder a name of their own:
+    Lightning's CSVLogger would delete them."""
+    if (logs / "metrics.csv").exists():
+        number = next(number for number in itertools.count(1) if not (logs / f"metrics-{number}.csv").exists())
+        (logs / "metrics.csv").rename(logs / f"metrics-{number}.csv")
 
 
 def _runs_like(plain: dict[str, Any]) -> list[Path]:

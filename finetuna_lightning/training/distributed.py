@@ -65,7 +65,8 @@ def over_all_ranks(trainer: Trainer | None, names: Sequence[str], pieces: Iterab
     if trainer is None or trainer.world_size == 1:
         yield from pieces
         return
-    own = {name: (total, count, cut) for name, total, count, cut in pieces}
+    # an adapter without a row here may have no loss at all: the mean of nothing
+    own = {name: (total, count, cut) for name, total, count, cut in pieces if cut.stop > cut.start}
     device = next(iter(own.values()))[0].device
     sums = torch.zeros(3, len(names), dtype=torch.float64, device=device)
     for index, name in enumerate(names):

@@ -60,17 +60,15 @@ def collate(groups: Mapping[str, Sequence[Example]], pad_token_id: int = 0) -> B
 
 def deal(groups: Mapping[str, Sequence[Example]], rank: int, world_size: int) -> dict[str, list[Example]]:
     """The rows of process ``rank``: all rows of the joint batch, in order, are dealt one by one to the processes, so
-    that every process has as many as the next and small adapters do not all fall to the first. An adapter without a
-    row here is left out. Where a process would have none at all, it gets the first row with every label ignored, which
-    counts for nothing and keeps it in step."""
+    that every process has as many as the next. Every adapter of the joint batch is in the result, with no rows where
+    all are elsewhere. A process that would have no row at all gets the first with every label ignored, which counts for
+    nothing and keeps it in step."""
     mine: dict[str, list[Example]] = {}
     place = 0
     for name, rows in groups.items():
-        own = [row for index, row in enumerate(rows, place) if index % world_size == rank]
+        mine[name] = [row for index, row in enumerate(rows, place) if index % world_size == rank]
         place += len(rows)
-        if own:
-            mine[name] = own
-    if not mine and groups:
+    if not any(mine.values()):
         name, rows = next(iter(groups.items()))
         labels = rows[0].labels
         masked = torch.full_like(labels, IGNORED) if isinstance(labels, Tensor) else IGNORED

@@ -7,7 +7,6 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -40,14 +39,12 @@ def put_gradients(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's global generators, as tensors and plain values.
+    """The states of Python's and torch's global generators, as tensors and plain values.
 
     The package's own streams do not read them; a dropout layer inside a module that is trained in full, or a loss of
     the user's, may."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -57,8 +54,6 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     """Undo what was drawn since ``random_states``. States of devices that are not here are passed over."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
     for device, state in enumerate(states["cuda"][: torch.cuda.device_count() if torch.cuda.is_available() else 0]):
         torch.cuda.set_rng_state(state.cpu(), device)
@@ -111,8 +106,8 @@ def repeat_unfinished_validation(trainer: Trainer, checkpoint: dict[str, Any]) -
 
 def leave_finished_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Have a run that is resumed from ``checkpoint``, which was saved in ``on_train_epoch_end`` or at the end of a fit,
-    begin with the next epoch. Where ``max_steps`` counts, Lightning takes the epoch for unfinished and trains one batch too many in it; a
-    state saved at the end of the epoch's last batch it reads rightly, so it is given that."""
+    begin with the next epoch. Where ``max_steps`` counts, Lightning takes the epoch for unfinished and trains one batch
+    too many in it; a state saved at the end of the epoch's last batch it reads rightly, so it is given that."""
     if trainer.state.fn != TrainerFn.FITTING or trainer.max_steps == -1 or trainer.validating:
         return
     epoch: Any = trainer.fit_loop.epoch_progress.current

@@ -53,11 +53,17 @@ def data_of(folder: Path, names: list[str] | None = None, lines: int = 12) -> Ad
 def trainer_of(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     """A quiet trainer on the CPU, whose output lies in ``folder``."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    usual = {"max_steps": STEPS, "accumulate_grad_batches": 2, "val_check_interval": 5, "limit_val_batches": 2}
+    usual = {
+        "devices": 1,
+        "max_steps": STEPS,
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 5,
+        "limit_val_batches": 2,
+    }
     usual |= {"check_val_every_n_epoch": None, "enable_checkpointing": False, "default_root_dir": folder}
     if any(isinstance(callback, Checkpoint) for callback in callbacks):
         usual["enable_checkpointing"] = True
-    return Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet | usual | options)
+    return Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet | usual | options)
 
 
 class Diary(Callback):
@@ -157,8 +163,10 @@ def resumed(folder: Path, path: Path, **options: Any) -> tuple[dict[str, Any], D
     return state_of(trainer), diary
 
 
-def faults(hook: str, batch: int, whole: tuple[dict[str, Any], Diary], again: tuple[dict[str, Any], Diary]) -> list[str]:
-    """In what a resumed run differs from the uninterrupted one after ``batch``: its end, its losses, its validations."""
+def faults(
+    hook: str, batch: int, whole: tuple[dict[str, Any], Diary], again: tuple[dict[str, Any], Diary]
+) -> list[str]:
+    """In what a resumed run differs from the uninterrupted one after ``batch``: end, losses, validations."""
     found = differences(again[0], whole[0])
     found += differences(again[1].train, {at: loss for at, loss in whole[1].train.items() if at[0] > batch}, "train")
     validated = ("validation end", "epoch end")

@@ -69,7 +69,9 @@ def main() -> None:
             ("SIGTERM", lambda: stop_often(folder, given.stops, given.seed, known)),
             ("resume", lambda: resume_often(folder, given.resumes, given.seed)),  # last: it trains in this process
         )
-        print(f"torch {torch.__version__}, lightning {lightning.__version__}, {os.cpu_count()} cores, seed {given.seed}")
+        print(
+            f"torch {torch.__version__}, lightning {lightning.__version__}, {os.cpu_count()} cores, seed {given.seed}"
+        )
         for what, run in work:
             began = time.monotonic()
             tally, found = run()
