@@ -113,14 +113,15 @@ def _keep_metrics(logs: Path) -> None:
 
 
 def _runs_like(plain: dict[str, Any]) -> list[Path]:
-    """Folders of earlier runs of the same thing, newest first. A sweep's jobs have none: their neighbours differ."""
+    """Folders of earlier runs of the same thing, newest first, where this one's lies in ``outputs/<day>/<time>`` as
+    theirs. A folder that was named has none, nor have a sweep's jobs, whose neighbours differ."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.RUN:
         return []
     own = Path(plain["output_dir"]).absolute()
-    if not (own / ".hydra/config.yaml").exists():
+    if own.parents[1].name != "outputs" or not (own / ".hydra/config.yaml").exists():
         return []
     mine: Any = OmegaConf.load(own / ".hydra/config.yaml")
     found = []
