@@ -32,6 +32,8 @@ if typing.TYPE_CHECKING:
     from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
     from finetuna_lightning.training.callbacks.memory import AdapterMemoryMonitor
     from finetuna_lightning.training.callbacks.progress import AdapterProgress
+    from finetuna_lightning.training.callbacks.trainer_state import TrainerCheckpoint
+    from finetuna_lightning.training.checkpoint_io import SafeCheckpointIO
     from finetuna_lightning.training.data import AdapterDataModule
     from finetuna_lightning.training.module import MultiAdapterModule
     from finetuna_lightning.training.precision import EightBitPrecision
@@ -58,6 +60,8 @@ _HOMES = {
     "MultiAdapterModule": "training.module",
     "OptimConfig": "configs",
     "Route": "nn.routing",
+    "SafeCheckpointIO": "training.checkpoint_io",
+    "TrainerCheckpoint": "training.callbacks.trainer_state",
     "checkpoint_contexts": "nn.routing",
     "finetuned_from_bank": "finetuned",
     "get_lora_adaptable_modules": "finetuned",
@@ -91,6 +95,8 @@ __all__ = [
     "MultiAdapterModule",
     "OptimConfig",
     "Route",
+    "SafeCheckpointIO",
+    "TrainerCheckpoint",
     "checkpoint_contexts",
     "finetuned_from_bank",
     "get_lora_adaptable_modules",

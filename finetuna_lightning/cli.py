@@ -18,6 +18,7 @@ from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
 from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
 from finetuna_lightning.training.callbacks.memory import AdapterMemoryMonitor
 from finetuna_lightning.training.callbacks.progress import AdapterProgress
+from finetuna_lightning.training.callbacks.trainer_state import TrainerCheckpoint
 from finetuna_lightning.training.data import AdapterDataModule
 from finetuna_lightning.training.module import MultiAdapterModule
 from finetuna_lightning.training.precision import EightBitPrecision
@@ -50,7 +51,13 @@ class FinetunaCLI(LightningCLI):
                 "trainer.plugins": {"class_path": f"{EightBitPrecision.__module__}.EightBitPrecision"},
                 "trainer.callbacks": [
                     {"class_path": f"{callback.__module__}.{callback.__name__}"}
-                    for callback in (FreezeQuantizedWeights, AdapterMemoryMonitor, AdapterCheckpoint, AdapterProgress)
+                    for callback in (
+                        FreezeQuantizedWeights,
+                        AdapterMemoryMonitor,
+                        AdapterCheckpoint,
+                        AdapterProgress,
+                        TrainerCheckpoint,
+                    )
                 ],
                 "trainer.max_steps": 500,
                 "trainer.devices": 1,

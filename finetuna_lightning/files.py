@@ -34,9 +34,13 @@ def _exchange(left: Path, right: Path) -> bool:
 def _beside(target: Path) -> Path:
     """A path beside ``target`` for this process to write; what killed processes left there is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        pid = left.name.split(".")[-2]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.*"):
+        pid, kind = left.name.split(".")[-2:]
+        if kind not in ("tmp", "old") or not pid.isdigit() or int(pid) == os.getpid() or _alive(int(pid)):
+            continue
+        if kind == "old" and not target.exists():
+            os.rename(left, target)  # its writer died between the two renames of a system that cannot exchange
+        else:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return target.parent / f".{target.name}.{os.getpid()}.tmp"
 
@@ -104,3 +108,18 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def keep_as(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
+    """Have the file ``path`` under the name ``other`` too, in ``other``'s place: at every moment ``path``, or where the
+    file system knows no hard links ``other``, is there."""
+    target = Path(other)
+    beside = _beside(target)
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:
+        os.replace(path, target)
+    else:
+        os.replace(beside, target)
+    _sync(target.parent)

@@ -7,6 +7,7 @@ finetuna-train -m adapter.rank=4,8,16 adapter.lr=1e-4,3e-4 data.path=./chats.jso
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -36,11 +37,12 @@ def _quiet() -> None:
         logging.getLogger(name).handlers.clear()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Noise())
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run has a folder of its own
+    warnings.filterwarnings("ignore", message="Experiment logs directory")  # what was in it is kept: see _keep_metrics
 
 
 _MISTAKES = (FinetunaError, HydraException, OmegaConfBaseException)
 _FAILED: list[Exception] = []
+_WHAT = ("backbone", "adapter", "adapters", "data", "seed")  # the settings that say what is trained on what
 
 
 def train(config: DictConfig) -> float | None:
@@ -57,25 +59,78 @@ def train(config: DictConfig) -> float | None:
     _quiet()
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     started = time.monotonic()
-    _check_resume(plain["ckpt_path"])
+    ckpt_path = _resume_path(plain)
+    _keep_metrics(Path(plain["output_dir"]) / "logs")
     check_samples(plain)
     module, data = build_module(plain), build_data(plain)
     pl.seed_everything(plain["seed"], verbose=False)
     callbacks = [instantiate(callback) for callback in config.callbacks.values()]
     logger = instantiate(config.logger) if config.logger else False
     trainer: pl.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger)
-    trainer.fit(module, datamodule=data, ckpt_path=plain["ckpt_path"])
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     if trainer.interrupted:
         return None
-    if plain["report"]:
+    if plain["report"] and trainer.is_global_zero:
         _report(plain, trainer, started)
     return _metric(trainer, plain["metric"])
 
 
-def _check_resume(path: str | None) -> None:
-    local = path is not None and path not in ("last", "best") and "://" not in path
-    if local and not Path(str(path)).exists():
-        raise CheckpointError(f"ckpt_path: there is no checkpoint {path!r}")
+def _resume_path(plain: dict[str, Any]) -> str | None:
+    """The checkpoint that ``ckpt_path`` stands for: a file, the newest good one of a run's folder, or, for ``last``, of
+    this run's folder or else of the newest run beside it with the same backbone, adapters and data.
+
+    Raises:
+        CheckpointError: for a file or folder that is not there, or a folder without a good checkpoint.
+    """
+    from finetuna_lightning.training.checkpoint_io import newest_checkpoint
+
+    given = plain["ckpt_path"]
+    if given is None or "://" in str(given):
+        return None if given is None else str(given)
+    if given == "last":
+        runs = [Path(plain["output_dir"]), *_runs_like(plain)]
+        newest = next((found for run in runs if (found := newest_checkpoint(run / "checkpoints"))), None)
+        what = f"going on from {newest}" if newest else f"starting anew: there is no state in {runs[0]}/checkpoints"
+        logging.getLogger(__name__).info("ckpt_path=last: %s", what)
+        return None if newest is None else str(newest)
+    path = Path(str(given))
+    if not path.exists():
+        raise CheckpointError(f"ckpt_path: there is no checkpoint {str(given)!r}")
+    if path.is_dir():
+        newest = newest_checkpoint(path) or newest_checkpoint(path / "checkpoints")
+        if newest is None:
+            raise CheckpointError(f"ckpt_path: there is no good checkpoint in {str(given)!r}")
+        path = newest
+    return str(path)
+
+
+def _keep_metrics(logs: Path) -> None:
+    """Give the metrics of the part of a run that came before a resume in the same folder a name of their own:
+    Lightning's CSVLogger would delete them."""
+    if (logs / "metrics.csv").exists():
+        number = next(number for number in itertools.count(1) if not (logs / f"metrics-{number}.csv").exists())
+        (logs / "metrics.csv").rename(logs / f"metrics-{number}.csv")
+
+
+def _runs_like(plain: dict[str, Any]) -> list[Path]:
+    """Folders of earlier runs of the same thing, newest first, where this one's lies in ``outputs/<day>/<time>`` as
+    theirs. A folder that was named has none, nor have a sweep's jobs, whose neighbours differ."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.RUN:
+        return []
+    own = Path(plain["output_dir"]).absolute()
+    if own.parents[1].name != "outputs" or not (own / ".hydra/config.yaml").exists():
+        return []
+    mine: Any = OmegaConf.load(own / ".hydra/config.yaml")
+    found = []
+    for file in own.parent.parent.glob("*/*/.hydra/config.yaml"):
+        run = file.parent.parent
+        theirs: Any = OmegaConf.load(file)
+        if run != own and all(theirs.get(key) == mine.get(key) for key in _WHAT):
+            found.append(run)
+    return sorted(found, key=lambda run: (run / ".hydra/config.yaml").stat().st_mtime_ns, reverse=True)
 
 
 def _metric(trainer: Any, name: str | None) -> float | None:

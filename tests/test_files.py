@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetuna_lightning import files
-from finetuna_lightning.files import replacing_file, replacing_folder
+from finetuna_lightning.files import keep_as, replacing_file, replacing_folder
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -41,6 +41,46 @@ def test_a_folder_is_replaced_whole(tmp_path: Path, exchange: bool, monkeypatch:
     write(tmp_path / "a", "new")
     assert content(tmp_path) == {"a/config.json": "new", "a/deep/weights": "newnew"}
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def dead_process() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_writer_killed_between_two_renames_set_aside_comes_back(tmp_path: Path, there: bool) -> None:
+    """On systems that cannot exchange two paths in one step."""
+    write(tmp_path / "a", "old")
+    (tmp_path / "a").rename(tmp_path / f".a.{dead_process()}.old")
+    if there:
+        write(tmp_path / "b", "new")
+        (tmp_path / "b").rename(tmp_path / "a")
+    with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "a"):
+        raise ZeroDivisionError
+    assert content(tmp_path)["a/config.json"] == ("new" if there else "old")
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_kept_under_another_name(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    last.write_text("2")
+    previous.write_text("1")
+    if not links:
+
+        def refused(*_: object) -> None:
+            raise OSError("no links here")
+
+        monkeypatch.setattr(os, "link", refused)
+    keep_as(last, previous)
+    assert previous.read_text() == "2"
+    assert last.exists() == links
+    with replacing_file(last) as beside:
+        beside.write_text("3")
+    assert (last.read_text(), previous.read_text()) == ("3", "2")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["last", "previous"]
 
 
 def test_inside_the_block_the_old_one_still_stands(tmp_path: Path) -> None:

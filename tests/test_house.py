@@ -38,12 +38,15 @@ HOUSE = """
     3  attention.py
     4  finetuned.py
     5  training/precision.py
+    5  training/checkpoint_io.py
+    5  training/distributed.py
     5  training/sources.py
     5  training/tokenizing.py
     5  training/batches.py
     5  training/quarantine.py
     5  training/optim.py
     5  training/loader.py
+    5  training/resume.py
     5  training/data.py
     5  training/metrics.py
     5  training/live.py

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
@@ -142,6 +143,83 @@ def test_a_run_goes_on_from_its_checkpoint(main: Main, files: list[str]) -> None
     assert main(*rest, "hydra.run.dir=second", "trainer.max_steps=4", "ckpt_path=first/checkpoints/last.ckpt") == 0
     weights = [Path(f"{run}/adapters/sql/last/adapter_model.safetensors").read_bytes() for run in ("whole", "second")]
     assert weights[0] == weights[1]
+
+
+def step_of(path: str) -> int:
+    return int(torch.load(path, weights_only=True)["global_step"])
+
+
+def test_last_goes_on_in_a_folder_that_was_used_before(
+    main: Main, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command, to be repeated after every interruption."""
+    rest = [*files, "report=false", "metric=null", "hydra.run.dir=mine", "ckpt_path=last"]
+    assert main(*rest) == 0
+    assert "starting anew: there is no state in" in capsys.readouterr().out
+    Path("mine/checkpoints/last.ckpt").write_bytes(b"half")
+    metrics = Path("mine/logs/metrics.csv").read_text()
+    assert step_of("mine/checkpoints/previous.ckpt") == 1
+    assert main(*rest, "trainer.max_steps=4") == 0
+    assert "going on from" in (said := capsys.readouterr().out) and "previous.ckpt" in said
+    assert step_of("mine/checkpoints/last.ckpt") == 4
+    assert Path("mine/logs/metrics-1.csv").read_text() == metrics  # Lightning's logger would delete them
+
+
+def test_last_finds_the_newest_run_of_the_same_thing(
+    main: Main, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = [*files, "report=false", "metric=null"]
+    for run in ("a", "b"):
+        assert main(*rest, f"hydra.run.dir=outputs/day/{run}") == 0
+    assert main(*rest, "adapter.rank=2", "hydra.run.dir=outputs/day/other") == 0
+    capsys.readouterr()
+    assert main(*rest, "hydra.run.dir=outputs/day/new", "ckpt_path=last", "trainer.max_steps=3") == 0
+    said = capsys.readouterr().out
+    assert "ckpt_path=last: going on from" in said and "outputs/day/b/checkpoints/last.ckpt" in said
+    assert step_of("outputs/day/new/checkpoints/last.ckpt") == 3
+
+
+@pytest.mark.parametrize("inside", ["", "/checkpoints"])
+def test_a_run_s_folder_stands_for_its_newest_state(main: Main, files: list[str], inside: str) -> None:
+    rest = [*files, "report=false", "metric=null"]
+    assert main(*rest, "hydra.run.dir=first") == 0
+    assert main(*rest, "hydra.run.dir=second", f"ckpt_path=first{inside}", "trainer.max_steps=3") == 0
+    assert step_of("second/checkpoints/previous.ckpt") == 3
+
+
+def test_a_sweep_s_jobs_do_not_go_on_from_one_another(main: Main, files: list[str]) -> None:
+    rest = [*files, "report=false", "metric=null", "ckpt_path=last", "hydra.sweep.dir=swept"]
+    assert main("-m", *rest, "data.shuffle=true,true") == 0
+    for job in (0, 1):
+        assert step_of(f"swept/{job}/checkpoints/previous.ckpt") == 1
+
+
+def test_a_damaged_checkpoint_is_one_line_that_names_the_good_one(
+    main: Main, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = [*files, "report=false", "metric=null"]
+    assert main(*rest, "hydra.run.dir=first") == 0
+    last = Path("first/checkpoints/last.ckpt")
+    last.write_bytes(last.read_bytes()[:3000])
+    capsys.readouterr()
+    assert main(*rest, f"ckpt_path={last}") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("finetuna-train: error: checkpoint first/checkpoints/last.ckpt is damaged or half written")
+    assert line.endswith("the newest good one beside it is first/checkpoints/previous.ckpt")
+
+
+def test_sigterm_ends_a_run_with_143_and_the_same_command_goes_on(files: list[str]) -> None:
+    """As a program, as an orchestrator runs it."""
+    again = ["hydra.run.dir=mine", "ckpt_path=last", "trainer.max_steps=100000", "+callbacks.progress.every_n_steps=1"]
+    command = [sys.executable, "-m", "finetuna_lightning.train", *files, "report=false", "metric=null", *again]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        step = next(line for line in process.stdout if line.startswith("step 3/"))
+        process.terminate()
+        rest = process.stdout.read()
+        assert process.wait(60) == 143
+    done = max(int(line.split()[1].split("/")[0]) for line in [step, *rest.splitlines()] if line.startswith("step "))
+    assert step_of("mine/checkpoints/last.ckpt") >= done
 
 
 def test_a_user_s_own_experiment_file(main: Main, files: list[str]) -> None:

@@ -15,6 +15,7 @@ from finetuna_lightning.backbone import BackboneInfo
 from finetuna_lightning.configs import DataConfig, check_adapter_names
 from finetuna_lightning.errors import ConfigError, DataError, did_you_mean
 from finetuna_lightning.seeds import stream_seed
+from finetuna_lightning.training.distributed import check_strategy
 from finetuna_lightning.training.loader import JointLoader
 from finetuna_lightning.training.sources import Document, check_files, label_names, read_documents, split_document
 from finetuna_lightning.training.tokenizing import Example, Progress, pad_token_id, tokenise
@@ -32,8 +33,8 @@ class AdapterDataModule(LightningDataModule):
 
     Args:
         sources: by adapter name.
-        batch_size: sequences of each adapter in a training step, where its ``DataConfig`` has neither these nor a token
-            budget of its own.
+        batch_size: sequences of each adapter in a training step, over all devices, where its ``DataConfig`` has
+            neither these nor a token budget of its own.
         eval_batch_size: the same in evaluation, for all; None: as in training.
         max_tokens: instead of ``batch_size``, a token budget: as many sequences as have at most so many tokens.
         packing: put all sequences of a step into one row without pads. None: where the model allows it; True: the same,
@@ -87,14 +88,12 @@ class AdapterDataModule(LightningDataModule):
         """Check all files, then read, split and tokenise them, once for a tokenizer and its model.
 
         Raises:
-            ConfigError: when sources and adapters do not match, or on several devices.
+            ConfigError: when sources and adapters do not match, or under a strategy other than DDP.
             DataError: naming the adapter, and the file and line, at fault.
         """
         module: Any = None if self.trainer is None else self.trainer.lightning_module
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise ConfigError(
-                f"the joint loader serves one device, the trainer has {self.trainer.world_size}: set Trainer(devices=1)"
-            )
+        if self.trainer is not None:
+            check_strategy(self.trainer)
         if module is not None:
             _check_company(list(self.sources), list(module.adapter_names))
         for name, config in self.sources.items():
@@ -181,6 +180,8 @@ class AdapterDataModule(LightningDataModule):
             pad_token_id=pad_token_id(self._prepared_for.tokenizer),
             mode=mode,
             packed=self._packs(),
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            world_size=1 if self.trainer is None else self.trainer.world_size,
         )
 
     def _packs(self) -> bool:

@@ -14,13 +14,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finetuna_lightning.errors import ConfigError, DataError, did_you_mean
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training.batches import Batch, collate
-from finetuna_lightning.training.tokenizing import Example
+from finetuna_lightning.training.tokenizing import IGNORED, Example
 
 MODES = ("train", "eval")
+
+
+def deal(groups: Mapping[str, Sequence[Example]], rank: int, world_size: int) -> dict[str, list[Example]]:
+    """The rows of process ``rank``: all rows of the joint batch, in order, are dealt one by one to the processes, so
+    that every process has as many as the next. Every adapter of the joint batch is in the result, with no rows where
+    all are elsewhere. A process that would have no row at all gets the first with every label ignored, which counts for
+    nothing and keeps it in step."""
+    mine: dict[str, list[Example]] = {}
+    place = 0
+    for name, rows in groups.items():
+        mine[name] = [row for index, row in enumerate(rows, place) if index % world_size == rank]
+        place += len(rows)
+    if not any(mine.values()):
+        name, rows = next(iter(groups.items()))
+        labels = rows[0].labels
+        masked = torch.full_like(labels, IGNORED) if isinstance(labels, Tensor) else IGNORED
+        mine[name] = [Example(rows[0].input_ids, masked)]
+    return mine
 
 
 class JointLoader:
@@ -45,6 +64,8 @@ class JointLoader:
         pad_token_id: fills ``input_ids`` where ``attention_mask`` is 0.
         mode: ``train`` or ``eval``.
         packed: batches are one row without pads.
+        rank, world_size: of this process, which gets its part of every batch (see ``deal``); batch sizes, positions and
+            ``len`` are those of all processes together.
 
     Raises:
         ConfigError: for an unknown mode, a batch size below 1, an adapter without a batch size or seed, or a sequence
@@ -63,10 +84,13 @@ class JointLoader:
         pad_token_id: int = 0,
         mode: str = "train",
         packed: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"the mode of a JointLoader must be one of {', '.join(MODES)}, not {mode!r}")
         self.mode = mode
+        self.rank, self.world_size = rank, world_size
         self.pad_token_id = pad_token_id
         self.packed = packed
         self._streams: dict[str, _Stream] = {}
@@ -177,8 +201,9 @@ class JointLoader:
             if groups:
                 yield self._collate(groups)
 
-    def _collate(self, groups: Mapping[str, Sequence[Example]]) -> Batch:
-        return collate(groups, self.pad_token_id, self.packed)
+    def _collate(self, groups: dict[str, list[Example]]) -> Batch:
+        mine = groups if self.world_size == 1 else deal(groups, self.rank, self.world_size)
+        return collate(mine, self.pad_token_id, self.packed)
 
 
 class _Stream:

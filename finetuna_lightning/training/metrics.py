@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -69,11 +71,18 @@ class AdapterMetrics(nn.Module):
             else:
                 metric.update(logits.detach(), labels)  # type: ignore[operator, union-attr]
 
-    def compute(self) -> dict[str, Tensor]:
-        """Values by name; empty when nothing was added."""
-        if not self.loss.update_called:
+    @property
+    def has_data(self) -> bool:
+        """Whether anything was added, in this process."""
+        return bool(self.loss.update_called)
+
+    def compute(self, elsewhere: bool = False) -> dict[str, Tensor]:
+        """Values by name, over all processes; empty when nothing was added, here or (as ``elsewhere`` says) there."""
+        if not self.has_data and not elsewhere:
             return {}
-        return {"loss": self.loss.compute()} | {name: metric.compute() for name, metric in self.extra.items()}  # type: ignore[operator]
+        with warnings.catch_warnings():  # what was added may all be elsewhere
+            warnings.filterwarnings("ignore", message=r"The ``compute`` method of metric .* was called before")
+            return {"loss": self.loss.compute()} | {name: metric.compute() for name, metric in self.extra.items()}  # type: ignore[operator]
 
     def reset(self) -> None:
         """Forget everything."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +51,7 @@ from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError,
 from finetuna_lightning.finetuned import adapter_of, finetuned_from_bank, is_prepared, shares_base
 from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.seeds import stream_seed
-from finetuna_lightning.training import live
+from finetuna_lightning.training import checkpoint_io, distributed, live, resume
 from finetuna_lightning.training.batches import Separate, by_adapter, cut_output, route_of, sequences
 from finetuna_lightning.training.metrics import AdapterMetrics
 from finetuna_lightning.training.optim import AdapterOptimizers, AdapterSchedules, build_optimizer, check_optimizer
@@ -83,7 +85,12 @@ class MultiAdapterModule(LightningModule):
             is bit for bit each adapter's solo run (in one pass, other shapes round in another way); it costs the speed
             of joint passes. None: as ``Trainer(deterministic=...)`` says.
 
-    The Lightning checkpoint holds adapters, optimizer, loader and the backbone's identity; never its weights.
+    The Lightning checkpoint holds adapters, optimizer, loader and the backbone's identity; never its weights. It is
+    written whole or not at all (``SafeCheckpointIO``), and a run that is resumed from it goes on bit for bit on the
+    CPU, also in the middle of an accumulation. Adapters are matched by name: one that the checkpoint lacks starts
+    fresh, one that is here no more is passed over.
+
+    Runs on one device, or on several processes under Lightning's DDP, which then sends the adapters' gradients alone.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class MultiAdapterModule(LightningModule):
         self.retired: set[str] = set()
         self.stopped: dict[str, str] = {}
         self._new_modules: list[str] = []
+        self._resumed: dict[str, Any] = {}  # what is put back when training starts
 
     # ---- what others ask ----
 
@@ -222,6 +230,8 @@ class MultiAdapterModule(LightningModule):
         refuse_joint_clipping(self.trainer.gradient_clip_val)
         for name in self.adapter_names:
             self.config_of(name)
+        distributed.prepare_strategy(self.trainer)
+        checkpoint_io.install(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Load the backbone into 8 bits and attach the adapters. A second call does nothing."""
@@ -235,6 +245,7 @@ class MultiAdapterModule(LightningModule):
             for name in self.adapter_configs:
                 self.attach(bank, name)
         self._bank = bank
+        self._ddp_params_and_buffers_to_ignore = distributed.never_sent(self, "backbone")
         info = self.backbone_info()
         self.val_metrics = nn.ModuleDict({name: AdapterMetrics(self.task, info.num_labels) for name in bank})
         self.train()
@@ -435,7 +446,8 @@ class MultiAdapterModule(LightningModule):
         parts: list[Tensor] = []
         # the value on Lightning's own bars is fetched from the device every step; AdapterProgress does without
         bar = isinstance(self.trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar)
-        for name, total, count, cut in self.losses(output, batch):
+        pieces = self.losses(output, batch)
+        for name, total, count, cut in distributed.over_all_ranks(self._trainer, self.adapter_names, pieces):
             if name in self.retired:
                 continue
             mean = total / count
@@ -469,6 +481,8 @@ class MultiAdapterModule(LightningModule):
         for name, total, count, cut in self.losses(output, batch):
             metrics = self.val_metrics[name]
             assert isinstance(metrics, AdapterMetrics)
+            if self.trainer.world_size > 1 and not count:
+                continue  # a row that only fills the batch of a process without any
             total = torch.where(fit[name], total, math.nan)
             classes = self.task == "sequence-classification"
             metrics.update(
@@ -476,16 +490,17 @@ class MultiAdapterModule(LightningModule):
             )
 
     def _log_metrics(self, stage: str) -> None:
-        losses = []
-        for name, metrics in self.val_metrics.items():
-            assert isinstance(metrics, AdapterMetrics)
-            values = metrics.compute()
+        losses, several = [], self.trainer.world_size > 1
+        sets = {name: metrics for name, metrics in self.val_metrics.items() if isinstance(metrics, AdapterMetrics)}
+        met = distributed.on_any_rank(self.trainer, {name: metrics.has_data for name, metrics in sets.items()})
+        for name, metrics in sets.items():
+            values = metrics.compute(elsewhere=met[name])
             for what, value in values.items():
-                self.log(f"{stage}/{name}/{what}", value)
+                self.log(f"{stage}/{name}/{what}", value, sync_dist=several)
             losses += [values["loss"]] if values else []
             metrics.reset()
         if losses:
-            self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True)
+            self.log(f"{stage}/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=several)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add to each adapter's metrics."""
@@ -561,8 +576,17 @@ class MultiAdapterModule(LightningModule):
         """Free the gradients that were used; those that an adapter accumulates stay."""
         self.optimizer.zero_grad()
 
+    def on_fit_start(self) -> None:
+        """Raise BackboneError where the processes of a distributed run loaded different backbones."""
+        distributed.check_same_backbone(self.trainer, self.adapters.origin["fingerprint"])
+
     def on_train_start(self) -> None:
-        """After a resume: an adapter that was given more steps comes back, and a run that is done stays done."""
+        """After a resume: what Lightning's checkpoint lacks is put back, an adapter that was given more steps comes
+        back, and a run that is done stays done."""
+        resumed, self._resumed = self._resumed, {}
+        resume.load_positions(self.trainer)
+        if resumed.get("random") and self.trainer.world_size == 1:
+            resume.set_random_states(resumed["random"])
         live.warn_of_joint_accumulation(self)
         live.retire(self)
 
@@ -623,25 +647,34 @@ class MultiAdapterModule(LightningModule):
         return {f"{_STATE_PREFIX}{key}": value for key, value in self.adapters.state_dict().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take the adapters' weights, by name.
+        """Take the weights of the adapters that are in both, by name, and say which are in one only.
 
         Raises:
-            CheckpointError: when the checkpoint's adapters are not these, in name and shape.
+            CheckpointError: when none is in both, or one has other parameters or shapes.
         """
         state = {key.removeprefix(_STATE_PREFIX): value for key, value in state_dict.items()}
-        theirs, mine = sorted({key.split(".")[0] for key in state}), sorted(self.adapters)
-        if theirs != mine:
+        theirs, mine = {key.split(".")[0] for key in state}, set(self.adapters)
+        if not theirs & mine:
             raise CheckpointError(
-                f"the checkpoint holds adapters {', '.join(theirs)}; this module has {', '.join(mine)}"
+                f"the checkpoint holds adapters {_listed(theirs)}; this module has {_listed(mine)}: none in common"
             )
+        if mine - theirs:
+            rank_zero_info(f"not in the checkpoint, so starting fresh: {_listed(mine - theirs)}")
+        if theirs - mine:
+            rank_zero_info(f"in the checkpoint but not in this run, so passed over: {_listed(theirs - mine)}")
+        wanted = {key: value for key, value in state.items() if key.split(".")[0] in mine}
+        own = self.adapters.state_dict()
+        wanted |= {key: value for key, value in own.items() if key.split(".")[0] not in theirs}
         try:
-            return self.adapters.load_state_dict(state, strict=strict, assign=assign)
+            return self.adapters.load_state_dict(wanted, strict=strict, assign=assign)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise CheckpointError("the checkpoint's adapters have other shapes: " + " ".join(lines[1:3])) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the backbone's identity and the adapters' positions in their dropout streams."""
+        """Add the backbone's identity, the adapters' positions in their dropout streams, and what Lightning leaves
+        out."""
+        trainer = self._trainer
         checkpoint["finetuna"] = {
             "backbone": {
                 key: self.adapters.origin.get(key) for key in ("backbone", "revision", "scheme", "fingerprint")
@@ -649,6 +682,11 @@ class MultiAdapterModule(LightningModule):
             "calls": {adapter.name: adapter.calls for adapter in self.adapters.adapters()},
             "retired": sorted(self.retired),
         }
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        checkpoint["finetuna"]["random"] = resume.random_states()
+        resume.repeat_unfinished_validation(trainer, checkpoint)
+        resume.leave_finished_epoch(trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise CheckpointError for a checkpoint of another backbone; else take the stream positions."""
@@ -667,7 +705,9 @@ class MultiAdapterModule(LightningModule):
         for name, calls in saved["calls"].items():
             if name in self.adapters:
                 self._adapter(name).calls = calls
-        self.retired = set(saved["retired"])
+        self.retired = set(saved["retired"]) & set(self.adapters)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = {key: saved[key] for key in ("random",) if key in saved}
 
     # ---- use ----
 
@@ -722,6 +762,10 @@ class MultiAdapterModule(LightningModule):
             self.train(was_training)
         start = 0 if self.task == "seq2seq-lm" else inputs["input_ids"].shape[1]
         return [str(text) for text in tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _classification_heads(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import FSDPStrategy
 
 from finetuna_lightning.backbone import BackboneInfo
 from finetuna_lightning.configs import DataConfig
@@ -377,12 +378,26 @@ def test_sources_and_adapters_must_match(tmp_path: Path, names: list[str], compl
         trainer_of(tmp_path, max_steps=1).fit(Module(names), datamodule=data)
 
 
-def test_several_devices_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = AdapterDataModule({"a": DataConfig(prompts(tmp_path / "a.jsonl"))})
+def test_a_strategy_that_shards_weights_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    data = AdapterDataModule({"a": DataConfig(str(tmp_path / "gone.jsonl"))})
     data.trainer = trainer_of(tmp_path)
-    monkeypatch.setattr(pl.Trainer, "world_size", 2)
-    with pytest.raises(ConfigError, match=r"has 2: set Trainer\(devices=1\)"):
+    data.trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(ConfigError, match=r"FSDPStrategy is not supported"):
         data.setup("fit")
+
+
+def test_a_process_of_several_gets_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = AdapterDataModule({"a": DataConfig(prompts(tmp_path / "a.jsonl"), shuffle=False)}, batch_size=4)
+    module = Module(["a"])
+    data.trainer = trainer_of(tmp_path)
+    data.trainer.strategy.connect(module)
+    data.setup("fit")
+    whole = next(iter(data.train_dataloader()))["input_ids"]
+    data.setup("fit")
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    monkeypatch.setattr(pl.Trainer, "global_rank", 1)
+    loader = data.train_dataloader()
+    assert torch.equal(next(iter(loader))["input_ids"], whole[1::2, : int(whole.shape[1])])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from finetuna_lightning.errors import ConfigError, DataError
 from finetuna_lightning.training.batches import collate
-from finetuna_lightning.training.loader import JointLoader
+from finetuna_lightning.training.loader import JointLoader, deal
 from finetuna_lightning.training.tokenizing import IGNORED, Example
 
 # lightning 2.6 on torch 2.13, in CombinedLoader's use of pytrees
@@ -448,3 +448,26 @@ def test_retiring_within_a_fit(tmp_path: Path) -> None:
     assert all("a" in batch for batch in seen[:3])
     assert not any("a" in batch for batch in seen[3:])
     assert [batch["b"] for batch in seen] == [batch["b"] for batch in take(make("b"), 10)]
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_rows_are_dealt_once_each_and_evenly(world_size: int) -> None:
+    groups = {name: [example(row, row) for row in range(count)] for name, count in (("a", 5), ("b", 2), ("c", 1))}
+    parts = [deal(groups, rank, world_size) for rank in range(world_size)]
+    for name, rows in groups.items():
+        dealt = [row for part in parts for row in part[name]]
+        assert sorted(map(id, dealt)) == sorted(map(id, rows))
+    sizes = [sum(len(rows) for rows in part.values()) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1, 2]), 1])
+def test_a_process_without_a_row_gets_one_that_counts_for_nothing(labels: Any) -> None:
+    row = Example(torch.tensor([1, 2]), labels)
+    (mine,) = deal({"a": [row]}, 1, 2)["a"]
+    assert torch.equal(mine.input_ids, row.input_ids)
+    assert bool((torch.as_tensor(mine.labels) == -100).all())
+    assert deal({"a": [row]}, 0, 2)["a"] == [row]

@@ -23,9 +23,10 @@ class AdapterCheckpoint(Callback):
     """Writes ``<dirpath>/<adapter>/best`` and ``<dirpath>/<adapter>/last``.
 
     ``best`` after each validation in which the adapter's own ``val/<adapter>/<monitor>`` improved, whatever its company
-    did; ``last`` after each validation, at the end of the fit, and when the fit fails. An adapter that is never
-    validated has, at the end of the fit, its last weights as its best. Every folder is in PEFT's format, written beside
-    and renamed. An adapter whose weights are not finite is not written.
+    did; ``last`` after each validation, with every state of the trainer that is saved, at the end of the fit, and when
+    the fit fails. An adapter that is never validated has, at the end of the fit, its last weights as its best. Every
+    folder is in PEFT's format, written beside and renamed, so that a kill at any moment leaves a whole one of each. An
+    adapter whose weights are not finite is not written.
 
     Args:
         dirpath: relative to the trainer's ``default_root_dir``, or absolute.
@@ -108,6 +109,21 @@ class AdapterCheckpoint(Callback):
             if name not in self._validated and name not in self.best_scores:
                 self._save(trainer, pl_module, name, "best")
         self._training = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is missing of a run that was killed after its last step: resumed, it has nothing left to train."""
+        if trainer.ckpt_path is not None and self._last_at == -1:
+            self._save_last(trainer, pl_module)
+            for name in bank_of(pl_module, type(self).__name__):
+                known = name in self.best_scores and self._brought_along(trainer, name)
+                if not known and not (self.folder(trainer) / name / "best").is_dir():
+                    self._save(trainer, pl_module, name, "best")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save ``last``: the adapters beside a state of the trainer are then of its step, or, after a kill between the
+        two, of a later one."""
+        if self._training:
+            self._save_last(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what was trained until then; a fault in doing so must not hide the first."""
