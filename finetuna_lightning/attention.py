@@ -61,7 +61,7 @@ def _mask_of(implementation: str) -> Callable[..., Any]:
                 f"a packed row of {sum(lengths)} tokens was asked for the mask of {given['batch_size']} rows of "
                 f"{given['q_length']} tokens"
             )
-        alone = given | {"attention_mask": None, "q_offset": 0, "kv_offset": 0}
+        alone = given | {"attention_mask": None}  # there are no pads, and nothing to be read back from the device
         return PackedMask(lengths, lambda length: make(**alone | {"q_length": length, "kv_length": length}))
 
     return mask

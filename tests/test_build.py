@@ -22,7 +22,8 @@ from finetuna_lightning.errors import ConfigError
 
 def config(**changes: Any) -> dict[str, Any]:
     """A composed configuration; ``data`` is merged, the other keys replaced."""
-    data = asdict(DataConfig("files/some text.txt")) | {"batch_size": 4, "eval_batch_size": 8, "sources": None}
+    data = asdict(DataConfig("files/some text.txt"))
+    data |= {"batch_size": 4, "eval_batch_size": 8, "max_tokens": 99, "packing": False, "sources": None}
     whole = {
         "backbone": asdict(BackboneConfig("somewhere", scheme="fp8")),
         "adapter": asdict(AdapterConfig(rank=3, lr=0.5)),
@@ -112,6 +113,12 @@ def test_a_wrong_adapter_says_where(changes: dict[str, Any], message: str) -> No
         ({"kind": "txt"}, "data.kind must be one of .*did you mean 'text'"),
         ({"batch_size": 0}, "data.batch_size must be an integer >= 1"),
         ({"eval_batch_size": 0}, "data.eval_batch_size must be an integer >= 1"),
+        ({"max_tokens": 0}, "data.max_tokens must be an integer >= 1"),
+        ({"packing": "yes"}, "data.packing must be true, false or null, not 'yes'"),
+        (
+            {"sources": {"x": {"path": "a.txt", "max_tokens": 9, "batch_size": 2}}},
+            "has data.batch_size or data.max_tokens",
+        ),
     ],
 )
 def test_wrong_data_says_where(data: dict[str, Any], message: str) -> None:
@@ -148,7 +155,7 @@ def test_the_module_has_every_part_of_the_configuration() -> None:
 
 def test_the_data_module_has_the_batch_sizes() -> None:
     data = build_data(config(data={"sources": TWO}))
-    assert (data.batch_size, data.eval_batch_size) == (4, 8)
+    assert (data.batch_size, data.eval_batch_size, data.max_tokens, data.packing) == (4, 8, 99, False)
     assert {name: source.batch_size for name, source in data.sources.items()} == {"sql": None, "legal": 2}
 
 

@@ -593,6 +593,27 @@ def test_parts_of_one_token_each_go_back_to_their_places() -> None:
             assert torch.allclose(joint[:, [index]], model.pair(x[:, [index]])[0], atol=1e-6)
 
 
+def test_a_packed_module_may_answer_with_a_flat_table_too() -> None:
+    """As a mixture of experts does, with its router's scores [tokens, experts]."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.inner(x), self.inner(x.reshape(-1, 12))
+
+    model = nn.Sequential(Mixture())
+    bank = AdapterBank(model)
+    excite(bank.add("a", targets=[], plain=["0"]))
+    bank.add("b", rank=2, targets=["inner"])
+    x = torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(0))
+    with bank.follow(Route(("b", "a", "b"), (1, 1, 1), lengths=(4, 1, 4))):
+        row, flat = model(x)
+    assert row.shape == (1, 9, 12) and flat.shape == (9, 12) and torch.allclose(row[0], flat, atol=1e-6)
+
+
 # ---- classes --------------------------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,25 @@ def test_joint_is_alone(name: str, packed: bool) -> None:
         assert_agree(gradients, own_gradients, adapter)
 
 
+def test_a_private_copy_of_the_whole_model_beneath_the_head() -> None:
+    """It makes its own masks: of its own sequences, while the others' are made in the backbone."""
+    configs = {
+        "lora": AdapterConfig(rank=2, target_modules=["q_proj"]),
+        "whole": AdapterConfig(rank=2, target_modules=["lm_head"], plain_modules=["model"]),
+        "head": AdapterConfig(rank=2, target_modules=["v_proj"]),
+    }
+    examples = {"lora": groups()["lora"], "whole": groups()["layer"], "head": groups()["head"]}
+    found = []
+    for packed in (False, True):
+        module = MultiAdapterModule(tiny_model("llama", scale=3.0), configs)
+        excite(module.adapters, std=0.1)
+        found.append(step(module.train(), collate(examples, packed=packed)))
+    (losses, gradients), (packed_losses, packed_gradients) = found
+    for name in configs:
+        assert apart(packed_losses[name], losses[name]) < 1e-6
+        assert_agree(packed_gradients, gradients, name)
+
+
 def test_an_adapter_whose_sequences_stand_apart_draws_its_own_masks() -> None:
     """Its second segment goes on where the first one ended."""
     parts = groups()["lora"]
