@@ -282,7 +282,6 @@ def test_one_that_is_stopped_amid_an_accumulation_keeps_nothing_waiting(tmp_path
     module, _ = run(tmp_path, settings(["x", "y"], x={"accumulate": 2}), stop)
     assert module.adapter_report()["x"] == {"steps": 1, "skipped": 0, "state": "enough"}
     assert module.optimizer.state_dict()["adapters"]["x"]["gradients"] == {}
-    assert all(p.grad is None for p in module.adapters["x"].parameters())
 
 
 def test_a_resume_with_more_steps_goes_on_at_once(tmp_path: Path) -> None:
