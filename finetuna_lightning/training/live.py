@@ -132,7 +132,7 @@ def join(module: Module, name: str, config: AdapterConfig, data: DataConfig | No
     except Exception:
         _forget(module, name)
         raise
-    adapter.train(module.training)
+    module.train(module.training)
     _measure(module, name)
     if trainer is not None:
         left = total_steps(trainer) - trainer.global_step

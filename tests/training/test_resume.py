@@ -81,7 +81,7 @@ def test_an_adapter_with_other_layers_is_no_longer_the_same(tmp_path: Path) -> N
     trainer = trainer_of(tmp_path / "again", max_steps=6, limit_val_batches=0)
     names = ["chat", "legal"]
     module = module_of(tmp_path, names, target_modules=["q_proj"])
-    with pytest.raises(CheckpointError, match="other shapes: Unexpected key.*chat.deltas"):
+    with pytest.raises(CheckpointError, match=r"other shapes: Unexpected key.*chat.deltas"):
         trainer.fit(module, datamodule=data_of(tmp_path, names), ckpt_path=str(path))
 
 
