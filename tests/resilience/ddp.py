@@ -18,9 +18,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import distributed
 
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, DataConfig
+from finetuna_lightning.errors import BackboneError
 from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
 from finetuna_lightning.training.callbacks.trainer_state import TrainerCheckpoint
 from finetuna_lightning.training.data import AdapterDataModule
+from finetuna_lightning.training.distributed import check_same_backbone
 from finetuna_lightning.training.module import MultiAdapterModule
 from tests.resilience.runs import Diary, trainer_of
 
@@ -62,8 +64,10 @@ class Reducer(Callback):
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
         self.norms: dict[tuple[int, str], float] = {}
+        self.rows = 0  # of the largest batch of this process
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.rows = max(self.rows, len(batch["input_ids"]))
         for name in batch["adapters"]:
             if f"train/{name}/grad_norm" in trainer.callback_metrics:
                 self.norms[index, name] = float(trainer.callback_metrics[f"train/{name}/grad_norm"])
@@ -89,6 +93,11 @@ def run(folder: Path, processes: int, names: list[str], options: dict[str, Any])
     options = {"max_steps": STEPS, "val_check_interval": 4, "limit_val_batches": None} | strategy | options
     trainer = trainer_of(out, diary, reducer, adapters, TrainerCheckpoint(), **options)
     trainer.fit(module, datamodule=data)
+    refused = ""
+    try:
+        check_same_backbone(trainer, f"that of {trainer.global_rank}")
+    except BackboneError as error:
+        refused = str(error)
     if not trainer.is_global_zero:
         return None
     assert module.backbone is not None
@@ -102,6 +111,8 @@ def run(folder: Path, processes: int, names: list[str], options: dict[str, Any])
         "bytes": {} if spy is None else dict(spy.bytes),
         "reducer": reducer.found,
         "norms": reducer.norms,
+        "rows": reducer.rows,
+        "refused": refused,
     }
 
 

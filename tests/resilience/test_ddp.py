@@ -57,6 +57,7 @@ def test_two_processes_train_the_adapters_of_one(found: dict[int, dict[str, Any]
         assert largest(one[what], two[what]) < 1e-6, what
     assert largest(one["norms"], two["norms"]) < 1e-5
     assert max(one["norms"].values()) > 0.01  # so that a wrong scale is seen
+    assert two["rows"] == (one["rows"] + 1) // 2
 
 
 @pytest.mark.slow
@@ -67,6 +68,12 @@ def test_only_adapters_travel(found: dict[int, dict[str, Any]], scenario: str) -
     assert two["bytes"].pop("_broadcast_coalesced") == two["adapter bytes"]
     assert two["reducer"]["total_parameter_size_bytes"] == two["adapter bytes"]
     assert sum(two["bytes"].values()) < two["backbone bytes"] / 2
+
+
+@pytest.mark.slow
+def test_processes_with_different_backbones_are_refused(found: dict[int, dict[str, Any]]) -> None:
+    assert found[1]["joint"]["refused"] == ""
+    assert found[2]["joint"]["refused"].endswith("different backbones: fingerprints by rank are that of 0, that of 1")
 
 
 @pytest.mark.slow
