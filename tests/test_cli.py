@@ -18,6 +18,7 @@ from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
 from finetuna_lightning.training.callbacks.freeze import FreezeQuantizedWeights
 from finetuna_lightning.training.callbacks.memory import AdapterMemoryMonitor
 from finetuna_lightning.training.callbacks.progress import AdapterProgress
+from finetuna_lightning.training.callbacks.trainer_state import TrainerCheckpoint
 from finetuna_lightning.training.data import AdapterDataModule
 from finetuna_lightning.training.module import MultiAdapterModule
 from finetuna_lightning.training.precision import EightBitPrecision
@@ -136,7 +137,7 @@ def test_saving_an_adapter_again_gives_the_same_bytes(folder: Path) -> None:
 def test_fit_has_this_package_s_plugin_and_callbacks(run: Run) -> None:
     done = run("fit")
     assert isinstance(done.trainer.precision_plugin, EightBitPrecision)
-    for kind in (FreezeQuantizedWeights, AdapterMemoryMonitor, AdapterCheckpoint, AdapterProgress):
+    for kind in (FreezeQuantizedWeights, AdapterMemoryMonitor, AdapterCheckpoint, AdapterProgress, TrainerCheckpoint):
         assert sum(isinstance(callback, kind) for callback in done.trainer.callbacks) == 1
     assert isinstance(done.model, MultiAdapterModule)
     assert done.model.adapter_configs == {name: AdapterConfig(**fields) for name, fields in ADAPTERS.items()}
@@ -190,7 +191,7 @@ def test_the_printed_configuration_gives_the_same_adapters(
     assert values["model"]["backbone"] == vars(BackboneConfig(str(folder / "llama")))
     assert values["model"]["optim"]["name"] == "adamw"
     assert [callback["class_path"].rsplit(".", 1)[-1] for callback in values["trainer"]["callbacks"]] == [
-        "FreezeQuantizedWeights", "AdapterMemoryMonitor", "AdapterCheckpoint", "AdapterProgress",
+        "FreezeQuantizedWeights", "AdapterMemoryMonitor", "AdapterCheckpoint", "AdapterProgress", "TrainerCheckpoint",
     ]  # fmt: skip
     run("fit", "--trainer.default_root_dir=first")
     assert program("fit", "--config=printed.yaml", "--trainer.default_root_dir=second") == 0
