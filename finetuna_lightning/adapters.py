@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from finetuna_lightning.configs import ALL_LINEAR, check_adapter_name, check_adapter_names
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
@@ -29,7 +30,6 @@ from finetuna_lightning.nn.routing import (
 from finetuna_lightning.peft_io import AdapterFolder, load_folder, save_folder
 from finetuna_lightning.seeds import stream_seed
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
 _EXPERT_NAMES = {"experts", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
 
@@ -46,7 +46,7 @@ def can_carry_delta(module: nn.Module) -> bool:
 def matches(pattern: str, path: str) -> bool:
     """Whether ``pattern`` names ``path``: the full path, a suffix of whole components, or a regular expression for all
     of it."""
-    if _PLAIN_NAME.fullmatch(pattern) and (path == pattern or path.endswith("." + pattern)):
+    if path == pattern or path.endswith("." + pattern):
         return True
     try:
         return re.fullmatch(pattern, path) is not None
@@ -140,6 +140,14 @@ def resolve_plain(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Mod
         modules = match_modules(model, pattern)
         if not modules:
             raise _no_match(model, pattern, "module")
+        for path, module in modules.items():
+            own = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            if own or type(module).forward is nn.Module.forward:
+                kind, inside = type(module).__name__, ", ".join(name for name, _ in module.named_children())
+                raise TargetError(
+                    f"{pattern!r} names {path!r}, a {kind} that nobody calls, so a copy of it would not be trained: "
+                    + (f"name what is in it ({inside})" if inside else "name the module that holds it")
+                )
         found |= modules
     return {p: m for p, m in found.items() if not any(p != q and p.startswith(q + ".") for q in found)}
 
@@ -319,8 +327,9 @@ class AdapterBank(nn.ModuleDict):
         adapter.conv1d = any(is_conv1d(m) or getattr(m, "conv1d", False) for m in target_paths.values())
         for path, module in target_paths.items():
             adapter.deltas[_key(path)] = self._new_delta(adapter, path, module, own[path])
+        memo: dict[int, Any] = {id(self): self}  # a routed layer refers to this bank; tied copies stay tied
         for path, module in plain_paths.items():
-            adapter.plain[_key(path)] = self._private_copy(adapter, path, module)
+            adapter.plain[_key(path)] = self._private_copy(module, memo)
         self[name] = adapter
         self._route_layers()
         return adapter
@@ -377,7 +386,7 @@ class AdapterBank(nn.ModuleDict):
             name, rank=folder.rank, alpha=folder.alpha, dropout=folder.dropout, bias=folder.bias, any_rank=True,
             settings={p: folder.scaling(p) for p in folder.deltas},
             targets=[f"(?:{re.escape(path)})" for path in folder.deltas],  # these paths, and none that ends like one
-            plain=[name for name in folder.plain_modules if match_modules(self.backbone, name)],  # PEFT lists more
+            plain=[f"(?:{re.escape(path)})" for path in _owners(paths, folder)],
             seed=seed,
         )  # fmt: skip
         try:
@@ -448,7 +457,7 @@ class AdapterBank(nn.ModuleDict):
         check_adapter_names([*self, name])
         if hasattr(self, name):  # one that a library added to nn.Module
             raise ConfigError(f"adapter name {name!r} is not allowed: it is an attribute of the bank")
-        if any(name in path.split(".") for path, _ in self.backbone.named_modules()):
+        if self.sole is None and any(name in path.split(".") for path, _ in self.backbone.named_modules()):
             raise ConfigError(f"adapter name {name!r} is the name of a backbone module; '{name}_adapter' would work")
 
     def _dropout_seed(self, name: str) -> int:
@@ -466,8 +475,12 @@ class AdapterBank(nn.ModuleDict):
             delta = LoRALinear(*layer_shape(module), own["rank"], own["alpha"], dropout, bias, generator)
         return delta.to(next(iter((*module.buffers(), *module.parameters()))).device)
 
-    def _private_copy(self, adapter: Adapter, path: str, module: nn.Module) -> nn.Module:
-        private = copy.deepcopy(module, memo={id(self): self})  # a routed layer refers to this bank
+    def _private_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        private = copy.deepcopy(module, memo)
+        for hooks in (private._forward_hooks, private._forward_pre_hooks):  # the routed module has them too
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):  # which make the weight
+                    del hooks[key]
         for part in private.modules():
             if is_routed(part):
                 unroute_(part)
@@ -475,6 +488,10 @@ class AdapterBank(nn.ModuleDict):
             if isinstance(part, QuantizedLinear | QuantizedEmbedding):
                 dequantize_(part, torch.promote_types(part.quantized.dtype, torch.float32))
             part.finetuna_conv1d = conv1d  # type: ignore[assignment]
+            if isinstance(part, _NormBase):  # its statistics are of its parameters' type
+                for name, buffer in part.named_buffers(recurse=False):
+                    wide = torch.promote_types(buffer.dtype, torch.float32)
+                    part._buffers[name] = buffer.to(wide) if buffer.is_floating_point() else buffer
         for parameter in private.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         return private.requires_grad_(True)
@@ -488,12 +505,36 @@ class AdapterBank(nn.ModuleDict):
                 unroute_(module)
             if path in adapted or path in plain:
                 route_(module, self, path, deltas=path in adapted, plain=path in plain)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+                _take_the_slow_path(module, any(is_routed(part) for part in module.modules()))
 
     def _short_names(self, targets: dict[str, nn.Module]) -> list[str]:
         """Last components where they name exactly ``targets``, as PEFT's readers expect; else full paths."""
         short = {path.rsplit(".", 1)[-1] for path in targets}
         named = {p for p, m in self.backbone.named_modules() if can_carry_delta(m) and p.rsplit(".", 1)[-1] in short}
         return sorted(short) if named == set(targets) else sorted(targets)
+
+
+def _owners(paths: Mapping[str, nn.Module], folder: AdapterFolder) -> list[str]:
+    """The modules trained in full whose tensors ``folder`` has; PEFT lists endings of their names, and lists more."""
+    found: list[str] = []
+    for end in folder.plain_modules:
+        named = [path for path in paths if path and path.endswith(end)]
+        having = [path for path in named if any(key.startswith(path + ".") for key in folder.plain)]
+        found += having or [path for path in named if matches(end, path)]  # tensors that are missing
+    return found
+
+
+def _take_the_slow_path(module: nn.Module, slow: bool) -> None:
+    """Have torch's own encoder call its layers in evaluation too, where its fast path reads their weights instead."""
+    name = "use_nested_tensor" if isinstance(module, nn.TransformerEncoder) else "activation_relu_or_gelu"
+    if slow and not hasattr(module, "finetuna_fast_path"):
+        module.finetuna_fast_path = getattr(module, name)
+        setattr(module, name, 0)
+    elif not slow and hasattr(module, "finetuna_fast_path"):
+        setattr(module, name, module.finetuna_fast_path)
+        del module.finetuna_fast_path
 
 
 def _check_base(what: str, backbone: nn.Module, key: str, theirs: Tensor) -> None:

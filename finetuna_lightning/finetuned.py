@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from finetuna_lightning.adapters import (
     Adapter,
@@ -92,6 +93,9 @@ class _Family:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Family:
         return self
+
+    def __reduce__(self) -> Any:
+        return _Family, ()  # a base that is pickled starts a family of its own
 
 
 def prepare_base_model(
@@ -218,7 +222,7 @@ def new_finetuned(
         _NAME, rank=rank, alpha=alpha, dropout=dropout, bias=any(own.get("bias") for own in settings.values()),
         targets=[_exactly(path) for path in settings], plain=plain, seed=drawn, settings=settings, any_rank=True,
     )  # fmt: skip
-    return clone.train(model.training)
+    return _as_base(clone, model)
 
 
 def load_finetuned(model: nn.Module, path: str | Path) -> nn.Module:
@@ -234,7 +238,7 @@ def load_finetuned(model: nn.Module, path: str | Path) -> nn.Module:
     clone, bank = _clone(model)
     bank.origin["fingerprint"] = _fingerprint(model)
     bank.load(_NAME, path)
-    return clone.train(model.training)
+    return _as_base(clone, model)
 
 
 def finetuned_from_bank(bank: AdapterBank, name: str) -> nn.Module:
@@ -252,7 +256,7 @@ def finetuned_from_bank(bank: AdapterBank, name: str) -> nn.Module:
         prepare_base_model(bank.backbone, do_not_quantize=True)
     clone, own = _clone(bank.backbone)
     own.adopt(_NAME, adapter)
-    return clone.train(bank.backbone.training)
+    return _as_base(clone, bank.backbone)
 
 
 def adapter_of(finetuned: nn.Module) -> Adapter:
@@ -304,8 +308,22 @@ class Finetuned(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """What this model trains: what an optimizer should be given. ``named_parameters`` has the frozen ones too."""
-        return (parameter for _, parameter in self.named_parameters(recurse=recurse) if parameter.requires_grad)
+        """What this model trains: what an optimizer should be given. ``named_parameters`` has the frozen ones too.
+
+        Frozen parameters of the root module itself come first, as they do among a wrapper's: ``AveragedModel`` and its
+        kin walk both side by side.
+
+        Raises:
+            ConfigError: for a thawed parameter of the base, which all its models share.
+        """
+        for name, parameter in self.named_parameters(recurse=recurse):
+            if name in self._parameters or (name.startswith(_CHILD + ".") and parameter.requires_grad):
+                yield parameter
+            if parameter.requires_grad and not name.startswith(_CHILD + "."):
+                raise ConfigError(
+                    f"{name!r} is the base's, which other models share, and requires grad: name its module in "
+                    "new_finetuned(modules_not_to_freeze=...) to train a copy of it"
+                )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """``loss.backward()``, and an error where the loss reaches nothing that this model trains.
@@ -313,24 +331,31 @@ class Finetuned(nn.Module):
         Raises:
             RouteError: no parameter of this model got a gradient.
         """
-        own = list(self.parameters())
-        before = [(parameter.grad, -1 if parameter.grad is None else parameter.grad._version) for parameter in own]
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        before = [_mark(parameter) for parameter in own.values()]
         if loss.requires_grad:
             loss.backward(*args, **kwargs)
-        now = [(parameter.grad, -1 if parameter.grad is None else parameter.grad._version) for parameter in own]
-        if all(new is old and count == past for (new, count), (old, past) in zip(now, before, strict=True)):
+        reached = [_mark(p) != mark for p, mark in zip(own.values(), before, strict=True)]
+        if not any(reached):
             raise RouteError(
                 "the loss does not depend on anything that this model trains: was it computed by another model, under "
                 "torch.no_grad, or within reentrant gradient checkpointing (use_reentrant=False works)?"
             )
+        if not self.__dict__.setdefault("finetuna_checked", False):
+            self.__dict__["finetuna_checked"] = True
+            missed = [name for name, there in zip(own, reached, strict=True) if not there]
+            if missed:
+                short = ", ".join(name.removeprefix(f"{_CHILD}.{_NAME}.") for name in missed[:3])
+                warnings.warn(
+                    f"{len(missed)} of {len(own)} parameters of this model got no gradient from its first loss ({short}"
+                    f"{', ...' if len(missed) > 3 else ''}): is their module called in the forward pass?",
+                    stacklevel=2,
+                )
 
     def train(self, mode: bool = True) -> Finetuned:
         """As every module's; but frozen normalisation layers keep the base's running statistics."""
         super().train(mode)
-        private = set(self.finetuna_adapters.modules())
-        for module in self.modules():
-            if isinstance(module, _NormBase) and module not in private:
-                module.training = False
+        _keep_statistics(self)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -341,11 +366,19 @@ class Finetuned(nn.Module):
             RuntimeError: with ``strict``, for missing and unexpected names; always, for another shape.
             CheckpointError: the state has tensors of another base.
         """
-        frozen = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_CHILD + ".")}
-        for name in state_dict.keys() & frozen.keys():
-            if not _alike(frozen[name], state_dict[name]):
-                raise CheckpointError(f"the state is of another base: {name!r} differs from this one's")
-        return super().load_state_dict({**state_dict, **frozen}, strict=strict, assign=assign)
+        return super().load_state_dict({**self._own_frozen(""), **state_dict}, strict=strict, assign=assign)
+
+    def _own_frozen(self, prefix: str) -> dict[str, Tensor]:
+        return {prefix + name: t for name, t in self.state_dict().items() if not name.startswith(_CHILD + ".")}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Also where a module around this one loads: torch calls this before it comes to the modules within."""
+        for name, tensor in self._own_frozen(prefix).items():
+            if name in state_dict:
+                if not _alike(tensor, state_dict[name]):
+                    raise CheckpointError(f"the state is of another base: {name!r} differs from this one's")
+                state_dict[name] = tensor
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def requires_grad_(self, requires_grad: bool = True) -> Finetuned:
         """Freeze or thaw what is this model's own; the base stays frozen."""
@@ -420,6 +453,7 @@ def _clone(model: nn.Module) -> tuple[nn.Module, AdapterBank]:
     bank.sole = _NAME
     clone.__class__ = _finetuned_class(type(clone))
     clone.add_module(_CHILD, bank)
+    clone._modules = {_CHILD: bank, **clone._modules}  # first: see Finetuned.parameters
     bank.__dict__["backbone"] = weakref.proxy(clone)  # no cycle: a model that is let go is gone at once
     clone.__dict__["finetuna_family"].models.add(clone)
     return clone, bank
@@ -440,8 +474,35 @@ def _finetuned_class(cls: type) -> type:
         if issubclass(cls, nn.Sequential):  # which calls its children one after another, the bank not among them
             own["__iter__"] = lambda self: (part for name, part in self._modules.items() if name != _CHILD)
             own["__len__"] = lambda self: len(self._modules) - 1
+            own["__getitem__"] = _item
         _CLASSES[cls] = type(f"Finetuned[{cls.__name__}]", (Finetuned, cls), own)
     return _CLASSES[cls]
+
+
+def _item(model: nn.Sequential, at: int | slice) -> nn.Module:
+    parts = list(model)
+    return nn.Sequential(*parts[at]) if isinstance(at, slice) else parts[at]
+
+
+def _as_base(clone: nn.Module, model: nn.Module) -> nn.Module:
+    """Put what is the clone's own into the mode of ``model``; its layers are in that of the base's layers."""
+    clone.get_submodule(_CHILD).train(model.training)
+    _keep_statistics(clone)
+    return clone
+
+
+def _keep_statistics(model: nn.Module) -> None:
+    """Put frozen modules that update their own buffers in training into evaluation mode."""
+    private = set(model.get_submodule(_CHILD).modules())
+    for module in model.modules():
+        if isinstance(module, _NormBase | _SpectralNorm) and module not in private:
+            module.training = False
+
+
+def _mark(parameter: nn.Parameter) -> tuple[int, int, int]:
+    """What a gradient, or a step that a hook took at once, changes."""
+    grad = parameter.grad
+    return (0, 0, parameter._version) if grad is None else (id(grad), grad._version, parameter._version)
 
 
 def _share(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -451,6 +512,10 @@ def _share(model: nn.Module, memo: dict[int, Any]) -> None:
     for _, tensor in frozen:
         same = tensor.detach()
         memo[id(tensor)] = nn.Parameter(same, requires_grad=False) if isinstance(tensor, nn.Parameter) else same
+    for module in model.modules():
+        for value in vars(module).values():  # a constant, or an activation that was kept
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import pickle
 import threading
 import warnings
 import weakref
@@ -90,6 +91,7 @@ def test_every_frozen_tensor_is_the_base_s(kind: str, count: int) -> None:
     assert own_bytes(models[0]) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*got no gradient")  # T5's shared table, which is called by other names
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_one_changes_no_other(kind: str) -> None:
     base = ft.prepare_base_model(make(kind))
@@ -517,6 +519,7 @@ def recompute(model: nn.Module, reentrant: bool) -> None:
     getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": reentrant})
 
 
+@pytest.mark.filterwarnings("ignore:.*got no gradient")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
@@ -681,7 +684,7 @@ def test_deepcopy_shares_the_base_and_nothing_else() -> None:
     before = logits(first)
     train(copied)
     assert torch.equal(logits(first), before) and not torch.equal(logits(copied), before)
-    averaged = torch.optim.swa_utils.AveragedModel(first, use_buffers=True)
+    averaged = torch.optim.swa_utils.AveragedModel(first)
     averaged.update_parameters(copied)
     averaged.update_parameters(first)
     assert torch.equal(logits(base), logits(ft.prepare_base_model(make())))
@@ -794,3 +797,123 @@ def test_a_model_moves_into_a_bank() -> None:
         bank.adopt("a", adapter_of(first))
     with pytest.raises(TargetError, match="which this backbone has not"):
         AdapterBank(ft.prepare_base_model(make("gpt2"))).adopt("x", adapter_of(first))
+
+
+# ---- modules of all sorts -------------------------------------------------------------------------------------------
+
+
+def test_an_average_of_a_model_whose_root_has_parameters() -> None:
+    class Rooted(PlainNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(LABELS))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids) * self.scale
+
+    base = ft.prepare_base_model(Rooted())
+    before = logits(base, "plain")
+    model = ft.new_finetuned(base)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    train(model, "plain")
+    averaged.update_parameters(model)
+    assert torch.equal(logits(averaged, "plain"), logits(model, "plain"))
+    assert torch.equal(logits(base, "plain"), before) and not torch.equal(logits(model, "plain"), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested_tensor")
+@pytest.mark.parametrize("whole", [False, True])
+def test_torch_s_encoder_is_fine_tuned_in_evaluation_too(whole: bool) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    base = nn.Sequential(nn.TransformerEncoder(layer, 2) if whole else layer).eval()
+    x = torch.randn(2, 5, 16)
+    model = ft.new_finetuned(base)
+    excite(adapter_of(model))
+    with torch.no_grad():
+        assert not torch.equal(model(x), base(x))
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+
+
+def test_hooks_of_a_plain_module_run_once() -> None:
+    base = plain_net()
+    base.head.register_forward_hook(lambda module, given, out: out * 2)
+    base.head.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    model = ft.new_finetuned(base, ["first"], ["head"], do_not_quantize=True)
+    assert torch.equal(logits(model, "plain"), logits(base, "plain"))
+
+
+def test_tied_plain_modules_stay_tied() -> None:
+    model = ft.new_finetuned(plain_net(), (), ["first", "second"], do_not_quantize=True)
+    first, second = (adapter_of(model).plain[name].get_parameter("weight") for name in ("first", "second"))
+    assert first is second and own_bytes(model) == first.numel() * 4
+
+
+@pytest.mark.parametrize(("name", "message"), [("layers", "nobody calls"), ("out_proj", "nobody calls")])
+def test_modules_that_nobody_calls_are_refused(name: str, message: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4)])
+            self.attention = nn.MultiheadAttention(4, 2)
+
+    with pytest.raises(TargetError, match=message):
+        ft.new_finetuned(Net(), ["layers.0"] if name == "out_proj" else (), [name])
+
+
+def test_parameters_that_no_loss_reaches_are_named() -> None:
+    class Net(PlainNet):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return F.linear(self.block(self.table(input_ids).mean(1)), self.head.weight)
+
+    model: Any = ft.new_finetuned(Net(), ["block.0", "head"])
+    excite(adapter_of(model))
+    with pytest.warns(UserWarning, match=r"3 of 6 parameters .* no gradient from its first loss \(deltas.head.lora_A"):
+        model.backward(model(**inputs("plain")).sum())
+    model.backward(model(**inputs("plain")).sum())  # said once
+
+
+def test_the_base_s_own_parameters_cannot_be_thawed_by_hand() -> None:
+    model = ft.new_finetuned(make())
+    model.get_parameter("model.norm.weight").requires_grad = True
+    with pytest.raises(ConfigError, match=r"'model.norm.weight' is the base's.*modules_not_to_freeze"):
+        torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_a_module_around_it_cannot_write_into_the_base() -> None:
+    base, first, _ = pair()
+    before = logits(base)
+    state = nn.ModuleDict({"inner": first}).state_dict()
+    nn.ModuleDict({"inner": ft.new_finetuned(base)}).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="another base"):
+        nn.ModuleDict({"inner": first}).load_state_dict(state | {"inner.model.norm.weight": torch.zeros(32)})
+    assert torch.equal(logits(base), before)
+
+
+def test_a_plain_normalisation_over_a_16_bit_base() -> None:
+    base = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)).bfloat16().eval()
+    x = torch.randn(3, 6).bfloat16()
+    model = ft.new_finetuned(base, ["0"], ["1"])
+    torch.testing.assert_close(model(x), base(x))
+
+
+def test_constants_and_kept_activations() -> None:
+    class Net(PlainNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constant = torch.ones(8)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            self.kept = super().forward(input_ids)
+            return self.kept
+
+    base = Net()
+    base(**inputs("plain"))
+    model: Any = ft.new_finetuned(base)
+    assert model.constant.data_ptr() == base.constant.data_ptr()
+    copy.deepcopy(model)
+
+
+def test_a_prepared_base_can_be_pickled() -> None:
+    base = ft.prepare_base_model(plain_net(), do_not_quantize=True)
+    again = pickle.loads(pickle.dumps(base))
+    assert torch.equal(logits(ft.new_finetuned(again), "plain"), logits(base, "plain"))

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from finetuna_lightning.errors import RouteError
@@ -294,14 +294,16 @@ class RoutedPlain(_Routed):
     """A module of which some adapters train a private copy: their rows go through it, all others through the base."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         bank, path = self._finetuna_bank, self._finetuna_path
         if bank.sole is not None:
             own = bank.plain_copy(bank.sole, path)
             if own is None:
                 return super().forward(*args, **kwargs)
             _check_gradients(bank, own)
-            return _call_copy(own, _activations_type(self, first), first.device, args, kwargs)
+            given = next((value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)), None)
+            like = next(self.parameters(), torch.empty(0)) if given is None else given
+            return _call_copy(own, _activations_type(self, like), like.device, args, kwargs)
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         route = active_route(bank)
         if route is None:
             return super().forward(*args, **kwargs)
