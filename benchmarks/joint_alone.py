@@ -2,26 +2,31 @@
 
     python -m benchmarks.joint_alone                                     # fp32 compute, on this machine's CPU
     python -m benchmarks.joint_alone --deterministic                     # bit for bit
-    python -m benchmarks.joint_alone --dtype bfloat16 --device cuda      # beside what another batch form does
+    python -m benchmarks.joint_alone --dtype bfloat16 --device cuda --split    # beside another batch split
 
-Four adapters of different rank, targets, dropout, batch size, length and schedule over the quickstart backbone. ``other
-split`` is the solo run again with its sequences in padded rows, not packed: the same sequences in other shapes, so what
-rounding alone does to a run. Differences are relative: of the curve ||a - b|| / ||b||, of the weights the same over all
-of an adapter's tensors."""
+Four adapters of different rank, targets, dropout, batch size, length and schedule over the quickstart backbone.
+Differences are relative: of the curve ||a - b|| / ||b||, of the weights the same over all of an adapter's tensors. With
+``--split`` (dropout off) the solo run comes again with a pass for each sequence: the same batches in other shapes, so
+what rounding alone does to a run in this precision."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import finetuna_lightning as ft
 from benchmarks.common import machine
+from finetuna_lightning.backbone import QUICKSTART_FOLDER
+from finetuna_lightning.training.batches import sequences
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "one": dict(rank=16, alpha=32, dropout=0.1, lr=2e-3, schedule="cosine", warmup_steps=5),
@@ -39,6 +44,14 @@ SOURCES: dict[str, dict[str, Any]] = {
 }
 
 
+class Split(ft.MultiAdapterModule):
+    """Each sequence in a pass of its own."""
+
+    def _pass(self, batch: dict[str, Any], training: bool, bare: bool = False) -> Any:
+        parts = [super(Split, self)._pass(part, training, bare).logits for _, part, _, _ in sequences(batch)]
+        return SimpleNamespace(logits=torch.cat(parts, 1 if "lengths" in batch else 0))
+
+
 class Curve(pl.Callback):
     """Every adapter's training losses."""
 
@@ -52,17 +65,20 @@ class Curve(pl.Callback):
                 self.losses.setdefault(name, []).append(value.detach().cpu().double())
 
 
-def run(names: list[str], given: argparse.Namespace, packing: bool | None) -> dict[str, tuple[Tensor, Tensor]]:
+def run(names: list[str], given: argparse.Namespace, kind: Any = ft.MultiAdapterModule) -> dict[str, Any]:
     """By adapter: its losses, and its weights in one vector."""
-    backbone = ft.BackboneConfig("quickstart", scheme="int8", dtype=given.dtype)
-    module = ft.MultiAdapterModule(
-        backbone, {name: ft.AdapterConfig(**ADAPTERS[name]) for name in names}, deterministic=given.deterministic
-    )
-    data = ft.AdapterDataModule({name: ft.DataConfig(**SOURCES[name]) for name in names}, packing=packing)
+    source = str(Path(__file__).parents[1] / "tests/data/quickstart_bf16")  # the shipped folder is in int8
+    scheme, folder = ("fp8", source) if given.fp8 else ("int8", "quickstart")
+    backbone = ft.BackboneConfig(folder, scheme=scheme, dtype=given.dtype)
+    changes = {"dropout": 0.0} if given.split else {}
+    adapters = {name: ft.AdapterConfig(**ADAPTERS[name] | changes) for name in names}
+    module = kind(backbone, adapters, deterministic=given.deterministic)
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART_FOLDER)
+    data = ft.AdapterDataModule({name: ft.DataConfig(**SOURCES[name]) for name in names}, tokenizer=tokenizer)
     curve = Curve()
     trainer = pl.Trainer(
         accelerator="gpu" if given.device == "cuda" else "cpu", devices=1, max_steps=given.steps, max_epochs=-1,
-        plugins=[ft.EightBitPrecision(dtype=given.dtype)], callbacks=[curve], logger=False, limit_val_batches=0,
+        plugins=[ft.EightBitPrecision(dtype=given.dtype, compute="fp8" if given.fp8 else "16bit")], callbacks=[curve], logger=False, limit_val_batches=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
@@ -85,17 +101,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--deterministic", action="store_true", help="one pass for each adapter, at its own shapes")
+    parser.add_argument("--split", action="store_true", help="also a solo run with a pass for each sequence")
+    parser.add_argument("--fp8", action="store_true", help="fp8 storage and fp8 products (a GPU that has them)")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    joint = run(list(ADAPTERS), given, None)
+    joint = run(list(ADAPTERS), given)
     form = "deterministic" if given.deterministic else "joint"
-    print(f"{given.dtype} compute on {given.device} over int8 storage, {form}, {given.steps} steps; {machine()}")
-    print("| adapter | curve: joint, alone | weights: joint, alone | curve: other split | weights: other split |")
-    print("|---|---:|---:|---:|---:|")
+    storage = "fp8 storage and products" if given.fp8 else "int8 storage"
+    print(f"{given.dtype} compute on {given.device} over {storage}, {form}, {given.steps} steps; {machine()}")
+    columns = ["curve: joint, alone", "weights: joint, alone"]
+    columns += ["curve: split, alone", "weights: split, alone"] if given.split else []
+    print("| adapter | " + " | ".join(columns) + " |")
+    print("|---|" + "---:|" * len(columns))
     for name in ADAPTERS:
-        alone, split = run([name], given, None)[name], run([name], given, False)[name]
-        cells = [*apart(joint[name], alone), *apart(split, alone)]
+        alone = run([name], given)[name]
+        cells = list(apart(joint[name], alone))
+        if given.split:
+            cells += apart(run([name], given, Split)[name], alone)
         print(f"| {name} | " + " | ".join(f"{cell:.1e}" if cell else "0" for cell in cells) + " |")
 
 

@@ -425,7 +425,7 @@ class AdapterBank(nn.ModuleDict):
                 )
         if training:
             seeds = {name: self._dropout_seed(name) for name in dict.fromkeys(route.names)}
-            route = Route(route.names, route.rows, seeds, route.lengths)
+            route = Route(route.names, route.rows, seeds, route.lengths, route.numbers)
         return routed(self, route)
 
     def bare(self) -> AbstractContextManager[None]:

@@ -31,13 +31,15 @@ def _dropped(p: float) -> int:
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
-def places(lengths: Tensor, each: int = 1) -> Tensor:
+def places(lengths: Tensor, each: int = 1, numbers: Tensor | None = None) -> Tensor:
     """The place of every vector of sequences of ``lengths`` [S] tokens, one after another, ``each`` vectors a token:
-    int64 [sum * each], the sequence in the upper half, the position within it in the lower one."""
+    int64 [sum * each], the sequence in the upper half, the position within it in the lower one. ``numbers`` [S] are
+    those of the sequences, where they are not 0, 1, ..."""
     counts = lengths * each
     starts = counts.cumsum(0) - counts
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), counts)
-    return (sequence << 32) + (torch.arange(len(sequence), device=lengths.device) - starts[sequence])
+    number = sequence if numbers is None else numbers[sequence]
+    return (number << 32) + (torch.arange(len(sequence), device=lengths.device) - starts[sequence])
 
 
 def keep_mask(seed: int, at: Tensor, features: int, p: float) -> Tensor:

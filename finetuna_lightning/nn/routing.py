@@ -43,12 +43,15 @@ class Route:
         names, rows: the segments.
         seeds: by adapter, the seed of this forward's dropout masks; an adapter without one has dropout off.
         lengths: of a packed batch, the tokens of each sequence.
+        numbers: by adapter, which of its sequences of this step these are; absent, all of them. (Of several processes,
+            each has some.)
     """
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
     seeds: dict[str, int] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None
+    numbers: dict[str, list[int]] = field(default_factory=dict)
     _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,9 +117,8 @@ class Route:
         if self.lengths is not None:
             by_segment = self._lengths_by_segment()
             lengths = tuple(length for index in own for length in by_segment[index])
-        return Route(
-            tuple(self.names[index] for index in own), tuple(self.rows[index] for index in own), self.seeds, lengths
-        )
+        names, rows = tuple(self.names[index] for index in own), tuple(self.rows[index] for index in own)
+        return Route(names, rows, self.seeds, lengths, self.numbers)
 
     def places(self, name: str, vectors: int, device: torch.device) -> Tensor:
         """The places (see ``nn.dropout``) of an adapter's ``vectors`` vectors among its own sequences."""
@@ -125,7 +127,8 @@ class Route:
             own = self.only([name])
             lengths = [vectors // own.total] * own.total if own.lengths is None else own.lengths
             each = 1 if own.lengths is None else vectors // own.total
-            self._places[key] = places(torch.tensor(lengths), each).to(device, non_blocking=True)
+            numbers = torch.tensor(self.numbers[name]) if name in self.numbers else None
+            self._places[key] = places(torch.tensor(lengths), each, numbers).to(device, non_blocking=True)
         return self._places[key]
 
     def _lengths_by_segment(self) -> list[tuple[int, ...]]:

@@ -21,7 +21,8 @@ from finetuna_lightning.training.tokenizing import IGNORED, Example
 class Batch(TypedDict):
     """Sequences of several adapters, each adapter's contiguous.
 
-    ``adapters``: the names in order; ``rows``: how many sequences each has.
+    ``adapters``: the names in order; ``rows``: how many sequences each has; ``numbers``: on several processes, which of
+    the adapter's sequences in this step they are.
 
     Padded: ``input_ids`` and ``attention_mask`` [B, T] int64, padded on the right. ``labels``: [B, T] int64 aligned
     with ``input_ids`` (not shifted), or [B, U] for a sequence-to-sequence model, -100 where ignored; [B] for
@@ -38,6 +39,7 @@ class Batch(TypedDict):
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     lengths: NotRequired[list[int]]
+    numbers: NotRequired[dict[str, list[int]]]
 
 
 def collate(groups: Mapping[str, Sequence[Example]], pad_token_id: int = 0, packed: bool = False) -> Batch:
@@ -81,7 +83,10 @@ def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
 def route_of(batch: Mapping[str, Any]) -> Route:
     """The route that ``batch`` follows."""
     lengths = batch.get("lengths")
-    return Route(tuple(batch["adapters"]), tuple(batch["rows"]), lengths=None if lengths is None else tuple(lengths))
+    return Route(
+        tuple(batch["adapters"]), tuple(batch["rows"]), lengths=None if lengths is None else tuple(lengths),
+        numbers=batch.get("numbers", {}),
+    )  # fmt: skip
 
 
 def sequences(batch: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], int, int]]:

@@ -42,6 +42,18 @@ def deal(groups: Mapping[str, Sequence[Example]], rank: int, world_size: int) ->
     return mine
 
 
+def dealt_numbers(groups: Mapping[str, Sequence[Example]], rank: int, world_size: int) -> dict[str, list[int]]:
+    """Which of an adapter's rows ``deal`` gives to process ``rank``: what their dropout masks go by."""
+    numbers: dict[str, list[int]] = {}
+    place = 0
+    for name, rows in groups.items():
+        numbers[name] = [index for index in range(len(rows)) if (place + index) % world_size == rank]
+        place += len(rows)
+    if not any(numbers.values()):
+        numbers[next(iter(groups))] = [0]
+    return numbers
+
+
 class JointLoader:
     """An iterable of joint batches; its length is the number of batches of the longest adapter (with token budgets, in
     its first epoch).
@@ -202,8 +214,11 @@ class JointLoader:
                 yield self._collate(groups)
 
     def _collate(self, groups: dict[str, list[Example]]) -> Batch:
-        mine = groups if self.world_size == 1 else deal(groups, self.rank, self.world_size)
-        return collate(mine, self.pad_token_id, self.packed)
+        if self.world_size == 1:
+            return collate(groups, self.pad_token_id, self.packed)
+        batch = collate(deal(groups, self.rank, self.world_size), self.pad_token_id, self.packed)
+        batch["numbers"] = dealt_numbers(groups, self.rank, self.world_size)
+        return batch
 
 
 class _Stream:

@@ -61,6 +61,7 @@ from finetuna_lightning.training.tokenizing import IGNORED, pad_token_id
 
 Loss = Callable[[Any, dict[str, Any]], Tensor]
 _STATE_PREFIX = "adapters."
+_NOT_INPUTS = ("adapters", "rows", "labels", "lengths", "numbers")
 _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen backbone
     r".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
@@ -387,7 +388,7 @@ class MultiAdapterModule(LightningModule):
     def _pass(self, batch: dict[str, Any], training: bool, bare: bool = False) -> Any:
         bank = self.adapters
         assert self.backbone is not None
-        inputs = {key: value for key, value in batch.items() if key not in ("adapters", "rows", "labels", "lengths")}
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
         if self.task == "seq2seq-lm":
             inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(batch["labels"])  # type: ignore[operator]
         if self.task in ("causal-lm", "seq2seq-lm"):

@@ -28,9 +28,9 @@ from tests.resilience.runs import Diary, trainer_of
 
 STEPS = 8
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "sql": {"rank": 4, "lr": 1e-3, "schedule": "cosine"},
+    "sql": {"rank": 4, "lr": 1e-3, "schedule": "cosine", "dropout": 0.3},
     "legal": {"rank": 2, "lr": 1e-3, "bias": True, "plain_modules": ["lm_head"], "max_steps": 5},
-    "chat": {"rank": 3, "lr": 1e-3, "target_modules": ["q_proj", "up_proj"], "schedule": "constant"},
+    "chat": {"rank": 3, "dropout": 0.2, "lr": 1e-3, "target_modules": ["q_proj", "up_proj"], "schedule": "constant"},
 }
 BATCHES = {"sql": 4, "legal": 3, "chat": 1}  # chat has fewer rows than there are processes
 SCENARIOS: dict[str, tuple[list[str], dict[str, Any]]] = {

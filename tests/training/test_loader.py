@@ -12,7 +12,7 @@ import torch
 
 from finetuna_lightning.errors import ConfigError, DataError
 from finetuna_lightning.training.batches import collate
-from finetuna_lightning.training.loader import JointLoader, deal
+from finetuna_lightning.training.loader import JointLoader, deal, dealt_numbers
 from finetuna_lightning.training.tokenizing import IGNORED, Example
 
 # lightning 2.6 on torch 2.13, in CombinedLoader's use of pytrees
@@ -464,6 +464,11 @@ def test_retiring_within_a_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_rows_are_dealt_once_each_and_evenly(world_size: int) -> None:
     groups = {name: [example(row, row) for row in range(count)] for name, count in (("a", 5), ("b", 2), ("c", 1))}
+    numbers = [dealt_numbers(groups, rank, world_size) for rank in range(world_size)]
+    for rank in range(world_size):
+        mine = deal(groups, rank, world_size)
+        for name, rows in groups.items():
+            assert [id(row) for row in mine[name]] == [id(rows[number]) for number in numbers[rank][name]]
     parts = [deal(groups, rank, world_size) for rank in range(world_size)]
     for name, rows in groups.items():
         dealt = [row for part in parts for row in part[name]]
