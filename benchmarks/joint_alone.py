@@ -76,10 +76,11 @@ def run(names: list[str], given: argparse.Namespace, kind: Any = ft.MultiAdapter
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART_FOLDER)
     data = ft.AdapterDataModule({name: ft.DataConfig(**SOURCES[name]) for name in names}, tokenizer=tokenizer)
     curve = Curve()
+    plugin = ft.EightBitPrecision(dtype=given.dtype, compute="fp8" if given.fp8 else "16bit")
     trainer = pl.Trainer(
         accelerator="gpu" if given.device == "cuda" else "cpu", devices=1, max_steps=given.steps, max_epochs=-1,
-        plugins=[ft.EightBitPrecision(dtype=given.dtype, compute="fp8" if given.fp8 else "16bit")], callbacks=[curve], logger=False, limit_val_batches=0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[plugin], callbacks=[curve], logger=False, limit_val_batches=0, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     weights = {
