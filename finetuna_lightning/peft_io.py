@@ -125,11 +125,19 @@ def save_folder(path: str | Path, folder: AdapterFolder) -> Path:
     with replacing_folder(path) as beside:
         if Path(path).is_dir():
             ours = shutil.ignore_patterns(CONFIG_NAME, WEIGHTS_NAME)
-            shutil.copytree(path, beside, ignore=ours, copy_function=os.link, dirs_exist_ok=True)
+            shutil.copytree(path, beside, ignore=ours, copy_function=_link, dirs_exist_ok=True)
         save_file(tensors, beside / WEIGHTS_NAME, metadata=metadata)
         _sort_metadata(beside / WEIGHTS_NAME)
         (beside / CONFIG_NAME).write_text(json.dumps(_config(folder), indent=2) + "\n")
     return Path(path)
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name; a copy, where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _sort_metadata(path: Path) -> None:

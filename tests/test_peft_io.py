@@ -244,6 +244,18 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
 
 
+def test_other_files_stay_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, bank, _ = saved(tmp_path / "a", "llama, attention")
+    (tmp_path / "a" / "stray").write_text("x")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.link", refuse)
+    bank["a"].save_pretrained(tmp_path / "a")  # type: ignore[union-attr, operator]
+    assert (tmp_path / "a" / "stray").read_text() == "x"
+
+
 # ---- nothing is lost silently ---------------------------------------------------------------------------------------
 
 
