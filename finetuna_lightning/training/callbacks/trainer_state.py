@@ -178,7 +178,7 @@ class TrainerCheckpoint(ModelCheckpoint):
         last = folder / "last.ckpt"
         if trainer.is_global_zero and last.exists() and (self._trusted or is_whole(last)):
             keep_as(last, folder / "previous.ckpt")
-        trainer.save_checkpoint(last)
+        trainer.save_checkpoint(last, weights_only=False)
         self._trusted, self._saved_at, self._saved_time = True, now, time.monotonic()
         self.last_model_path = str(last)
 
