@@ -13,7 +13,7 @@ from finetuna_lightning.backbone import cast_, quantize_model_, quantized_layers
 from finetuna_lightning.configs import BLOCK_SIZES, DTYPES, SCHEMES
 from finetuna_lightning.errors import ConfigError, one_of
 
-COMPUTE = ("auto", "16bit", "fp8")
+COMPUTE = ("auto", "16bit", "int8", "fp8")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
