@@ -104,9 +104,9 @@ class SharedBackbone:
 
 
 def release_memory() -> None:
-    """Collect what nobody refers to, and give the device's cached blocks back."""
-    gc.collect()
+    """Collect what nobody refers to, and give the device's cached blocks back; nothing where there is no GPU."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -1,8 +1,8 @@
 """Whether a workload computes what it says, on a cut of two layers: one training step through ``Trainer.fit``.
 
-Joint against alone: the loss and the gradients of an adapter in company, and in a fit of its own on the same path. Against the
-reference: plain torch in float32 over the dequantised weights, the delta merged into them (W + alpha / r B A) and the
-gradients of A and B taken from that of the merged matrix; no line of ours but the quantiser is in it.
+Joint against alone: the loss and the gradients of an adapter in company, and in a fit of its own on the same path.
+Against the reference: plain torch in float32 over the dequantised weights, the delta merged into them (W + alpha / r B
+A) and the gradients of A and B taken from that of the merged matrix; no line of ours but the quantiser is in it.
 
 Differences are relative: |a - b| / |b| of losses, ||a - b|| / ||b|| of all of an adapter's gradients as one vector."""
 
@@ -37,9 +37,9 @@ class Allowed:
     reference_gradient: float
 
 
-# float32: rounding. bfloat16: 8 bits of mantissa, other shapes of products. 8-bit products: each activation is off by up
-# to half a step of its token's scale, so a product of random numbers by about a percent and its gradients by several;
-# a last bit that differs between joint and alone moves some of them by a whole step.
+# float32: rounding. bfloat16: 8 bits of mantissa, other shapes of products. 8-bit products: each activation is off by
+# up to half a step of its token's scale, so a product of random numbers by about a percent and its gradients by
+# several; a last bit that differs between joint and alone moves some of them by a whole step.
 ALLOWED = {
     "float32": Allowed(1e-5, 1e-4, 1e-5, 1e-3),
     "bfloat16": Allowed(2e-3, 3e-2, 5e-3, 5e-2),
@@ -105,12 +105,9 @@ def plain_model(shared: SharedBackbone) -> nn.Module:
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}"
-            if path in quantized:
-                value = quantized[path].dequantize(torch.float32)
-            else:
-                value = source[full].detach().float()
-            assert value.shape == parameter.shape
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            here = quantized[path].dequantize(torch.float32) if path in quantized else source[full].detach().float()
+            assert here.shape == parameter.shape
+            module._parameters[name] = nn.Parameter(here, requires_grad=False)
     return model.to(shared.device)
 
 
@@ -172,7 +169,7 @@ class Result:
 
 
 def check(shared: SharedBackbone, work: Workload, given: Settings) -> Result:
-    """Compare some of ``work``'s adapters over ``shared``, which is a cut of its layers, and free it."""
+    """Compare some of ``work``'s adapters over ``shared``, a cut of its layers."""
     (lengths,) = work.lengths(1)
     (batch,) = joint_batches([lengths], shared.shape["vocab_size"], given.packed)
     joint = one_step(shared, work, batch, given)
@@ -182,7 +179,6 @@ def check(shared: SharedBackbone, work: Workload, given: Settings) -> Result:
     alone = {name: one_step(shared, work.only([name]), _batch_of({name: rows[name]}, given), given).steps[name]
              for name in dict.fromkeys(sampled)}  # fmt: skip
     model = plain_model(shared)
-    shared.free()
     found = {}
     for name in alone:
         ids = [row.to(shared.device) for row in rows[name]]

@@ -2,31 +2,33 @@
 
     python -m benchmarks.gpu w1 w2 w3 w4 w5 --steps 8 --peers
     python -m benchmarks.gpu w1 w2 --peers int8+liger,bf16 --rounds 1 --compute 16bit
-    python -m benchmarks.gpu w1 w2 w3 w4 w5 --tiny          # a small shape, on this machine's CPU
+    python -m benchmarks.gpu w1 roofline --compute int8      # see benchmarks.roofline
+    python -m benchmarks.gpu w1 w2 w3 w4 w5 --tiny           # a small shape, on this machine's CPU
 
 First, on a cut of two layers, each workload is checked: an adapter in company against the same one alone, and
-against plain torch over the dequantised weights. A workload that fails gets no ratio. ``--budget`` starts no new run after
-so many seconds; what ran is shown."""
+against plain torch over the dequantised weights. A workload that fails gets no ratio. ``--budget`` starts no new run
+after so many seconds; what ran is shown."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import logging
 import math
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from benchmarks import equality, peers
+from benchmarks import equality, peers, roofline
 from benchmarks.common import LLAMA_3_8B, TINY, SharedBackbone, default_device, machine, show
 from benchmarks.ours import COLUMNS, Figures, Settings, gib, run
 from benchmarks.workloads import Workload, growing, workload
 
-KEYS = ("w1", "w2", "w3", "w4", "w5")
+KEYS = ("w1", "w2", "w3", "w4", "w5", "roofline")
 OURS = "ours"
 
 
@@ -36,10 +38,14 @@ def parser_of(description: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--tokens", type=int, default=None, help="of a sequence of W1 and W2; default: 1024")
+    parser.add_argument("--adapters", type=int, default=None, help="of W1 and W3, other than 8 and 64")
     parser.add_argument("--layers", type=int, default=None, help="other than the shape's 32")
     parser.add_argument("--scheme", default="int8")
     parser.add_argument("--compute", default="auto", help="as EightBitPrecision's: auto, int8, 16bit, fp8")
     parser.add_argument("--optim", default="adamw8bit")
+    more = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    parser.add_argument("--precision", help="another argument of EightBitPrecision, several times", **more)
+    parser.add_argument("--module", help="another argument of MultiAdapterModule, several times", **more)
     parser.add_argument("--padded", action="store_true", help="rows with pads instead of one packed row")
     parser.add_argument("--recompute", action="store_true", help="recompute activations in every workload")
     parser.add_argument("--tiny", action="store_true", help="2 layers of 64 features, sequences of 32 tokens")
@@ -48,6 +54,7 @@ def parser_of(description: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument("--peer-steps", type=int, default=6, help="timed steps of a peer")
     parser.add_argument("--peer-recompute", action="store_true", help="peers also with recomputed activations")
     parser.add_argument("--counts", default="1,8,32,64", help="W5: numbers of adapters")
+    parser.add_argument("--kernels", type=int, default=20, help="roofline: how many to list")
     parser.add_argument("--no-check", action="store_true", help="no equality check, and so no ratios")
     parser.add_argument("--budget", type=float, default=math.inf, help="start no new run after so many seconds")
     return parser
@@ -72,8 +79,9 @@ class Bench:
         self.tokens = given.tokens or (32 if given.tiny else 1024)
         self.shared = SharedBackbone(self.shape, given.scheme, self.device, given.layers)
         self.settings = Settings(
-            given.steps, given.warmup, given.compute, given.scheme, given.optim, not given.padded, given.recompute
-        )
+            given.steps, given.warmup, given.compute, given.scheme, given.optim, not given.padded, given.recompute,
+            arguments_of(given.precision), arguments_of(given.module),
+        )  # fmt: skip
 
     def late(self) -> bool:
         """Whether the budget is spent."""
@@ -87,12 +95,14 @@ class Bench:
 
     # ---- runs ----
 
-    def check(self, work: Workload) -> None:
-        """The equality check of ``work``."""
-        shared = SharedBackbone(self.shape, self.given.scheme, self.device, layers=2)
-        result = equality.check(shared, work, self.settings)
-        equality.table(result)
-        self.equal[work.key] = result.passed
+    def check(self, works: list[Workload]) -> None:
+        """The equality checks."""
+        cut = SharedBackbone(self.shape, self.given.scheme, self.device, layers=2)
+        for work in works:
+            result = equality.check(cut, work, self.settings)
+            equality.table(result)
+            self.equal[work.key] = result.passed
+        cut.free()
 
     def ours(self, work: Workload) -> None:
         """One round of ours: W2 without and with recomputed activations."""
@@ -133,7 +143,7 @@ class Bench:
         given = self.given
         return (
             f"{given.scheme} storage, compute {given.compute}, {self.shared.layers} layers, "
-            f"{'padded' if given.padded else 'packed'}, {given.optim}"
+            f"{'padded' if given.padded else 'packed'}, {', '.join((given.optim, *given.precision, *given.module))}"
         )
 
     def table(self, work: Workload) -> None:
@@ -162,10 +172,23 @@ class Bench:
 
     def eight_against_one(self) -> None:
         """Point 9: the same tokens a step, by eight adapters and by one."""
+        if self.given.adapters not in (None, 8):
+            return
         one, eight = (self.found.get(key, {}).get(OURS, []) for key in ("w2", "w1"))
         if one and eight and not any(f.failed for f in (*one, *eight)):
             slower = fmean(f.seconds for f in eight) / fmean(f.seconds for f in one) - 1
             print(f"from one adapter (W2) to eight (W1) at the same tokens a step: {slower:+.1%} time (at most +5%)")
+
+
+def arguments_of(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` as keyword arguments; a value that is no Python literal is a string."""
+    found: dict[str, Any] = {}
+    for key, _, text in (pair.partition("=") for pair in pairs):
+        try:
+            found[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key] = text
+    return found
 
 
 def label(who: str, recompute: bool) -> str:
@@ -188,15 +211,12 @@ def marginal_row(count: int, at: Figures, after: Figures) -> list[str]:
 
 def execute(keys: list[str], given: argparse.Namespace) -> Bench:
     """Check, run and show the workloads ``keys``."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     bench = Bench(given)
-    works = [workload(key, bench.tokens) for key in keys if key != "w5"]
+    works = [workload(key, bench.tokens, given.adapters) for key in keys if key not in ("w5", "roofline")]
     names = peers.chosen(given.peers)
     print(f"{' '.join(keys)}: {machine()}", flush=True)
-    for work in works:
-        if not given.no_check:
-            bench.check(work)
+    if not given.no_check:
+        bench.check(works)
     for _ in range(given.rounds or (2 if names else 1)):
         for work in works:
             bench.ours(work)
@@ -209,6 +229,9 @@ def execute(keys: list[str], given: argparse.Namespace) -> Bench:
     bench.eight_against_one()
     if "w5" in keys:
         bench.series()
+    if "roofline" in keys and not bench.late():
+        work = workload("w1", bench.tokens, given.adapters)
+        roofline.roofline(bench.shared, work, bench.settings, given.kernels, given.tiny)
     return bench
 
 
@@ -218,9 +241,23 @@ def main(keys: list[str] | None = None, arguments: list[str] | None = None, desc
     if keys is None:
         parser.add_argument("workloads", nargs="+", choices=KEYS)
     given = parser.parse_args(arguments)
-    return execute(keys or given.workloads, given)
+    with quiet():
+        return execute(keys or given.workloads, given)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, nothing but what a benchmark prints."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 if __name__ == "__main__":
-    with torch.random.fork_rng(devices=[]):
-        main()
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ from finetuna_lightning.training.optim import optimizer_bytes
 
 @dataclass(frozen=True)
 class Settings:
-    """How a workload is run. ``steps`` are timed, after ``warmup`` ones."""
+    """How a workload is run. ``steps`` are timed, after ``warmup`` ones. ``precision`` and ``module``: other arguments
+    of ``EightBitPrecision`` and ``MultiAdapterModule``."""
 
     steps: int = 8
     warmup: int = 3
@@ -30,6 +31,8 @@ class Settings:
     optim: str = "adamw8bit"
     packed: bool = True
     recompute: bool = False
+    precision: Mapping[str, Any] = field(default_factory=dict)
+    module: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -185,25 +188,31 @@ def build(backbone: Any, work: Workload, given: Settings, lr: float = 1e-4) -> f
         name: ft.AdapterConfig(rank=rank, alpha=ALPHA, lr=lr, target_modules=PROJECTIONS)
         for name, rank in work.ranks.items()
     }
-    return ft.MultiAdapterModule(backbone, adapters, ft.OptimConfig(given.optim))
+    return ft.MultiAdapterModule(backbone, adapters, ft.OptimConfig(given.optim), **given.module)
 
 
 def fit(module: ft.MultiAdapterModule, batches: list[Any], device: torch.device, given: Settings,
         callbacks: Sequence[pl.Callback], frozen: bool = True) -> None:  # fmt: skip
     """``Trainer.fit`` over ``batches``, as a user would call it, without logs and checkpoints."""
-    more = [ft.FreezeQuantizedWeights()] if frozen else []
+    callbacks = [*callbacks, *([ft.FreezeQuantizedWeights()] if frozen else [])]
+    precision = ft.EightBitPrecision(scheme=given.scheme, compute=given.compute, **given.precision)
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_steps=len(batches), logger=False,
-        plugins=[ft.EightBitPrecision(scheme=given.scheme, compute=given.compute)], callbacks=[*callbacks, *more],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=tempfile.gettempdir(),
+        plugins=[precision], callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
     trainer.fit(module, loader_of(batches))
 
 
-def run(shared: SharedBackbone, work: Workload, given: Settings, extra: Sequence[pl.Callback] = ()) -> Figures:
-    """Figures of ``work``. A run that the device's memory does not hold says so in ``failed``."""
-    lengths = work.lengths(given.warmup + given.steps)
+def run(
+    shared: SharedBackbone, work: Workload, given: Settings, extra: Sequence[pl.Callback] = (), after: int = 0
+) -> Figures:
+    """Figures of ``work``. A run that the device's memory does not hold says so in ``failed``.
+
+    ``extra``: callbacks; ``after``: steps for them that are not timed.
+    """
+    release_memory()
+    lengths = work.lengths(given.warmup + given.steps + after)
     batches = joint_batches(lengths, shared.shape["vocab_size"], given.packed)
     meter = Meter(shared.device, given.warmup, given.steps)
     module = build(shared.model(), work, given)
@@ -220,5 +229,6 @@ def run(shared: SharedBackbone, work: Workload, given: Settings, extra: Sequence
     figures = meter.figures
     figures.seconds = (meter.clock.stopped - meter.clock.started) / given.steps
     figures.median = meter.clock.median()
-    figures.tokens = sum(tokens_of(step) for step in lengths[given.warmup :]) / given.steps
+    timed = lengths[given.warmup : given.warmup + given.steps]
+    figures.tokens = sum(tokens_of(step) for step in timed) / given.steps
     return figures

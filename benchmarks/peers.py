@@ -1,15 +1,15 @@
-"""What others reach on the same shape: peft over bitsandbytes int8 or over bfloat16, each with and without liger-kernel.
+"""What others reach on the same shape: peft over bitsandbytes int8 or bfloat16, each with and without liger-kernel.
 
 One adapter, LoRA r = 16 on the same seven projections, bitsandbytes AdamW 8-bit, sdpa attention, random weights made on
 the device matrix by matrix. Everything that can be is set for speed: adapters in the activations' type rather than
-float32 (no casts, no autocast), no gradient clipping, batches on the device already. int8 is what ``load_in_8bit`` gives:
-``Linear8bitLt`` with threshold 6.0 everywhere but in the head."""
+float32 (no casts, no autocast), no gradient clipping, batches on the device already. int8 is what ``load_in_8bit``
+gives: ``Linear8bitLt`` with threshold 6.0 everywhere but in the head."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from finetuna_lightning.backbone import skeleton
 
 THRESHOLD = 6.0  # bitsandbytes' and transformers' default
 PEERS = ("int8", "int8+liger", "bf16", "bf16+liger", "unsloth")
+FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, ImportError, AssertionError)  # a peer's own
 Job = tuple[str, tuple[int, int], bool]
 
 
@@ -167,20 +168,27 @@ def run(name: str, shape: Mapping[str, Any], layers: int | None, device: torch.d
     if reason := obstacle(name, device):
         yield from ((key, recompute, Figures(failed=reason)) for key, _, recompute in jobs)
         return
+    eight_bit = name.startswith("int8")
+    dtype = default_dtype(device) if eight_bit else torch.bfloat16
+    model: Any = None
+    release_memory()
     try:
-        eight_bit = name.startswith("int8")
-        dtype = default_dtype(device) if eight_bit else torch.bfloat16
-        model: Any = with_adapter(random_llama(shape, layers, eight_bit, device, dtype), dtype)
-        if name.endswith("+liger"):
-            with liger(model):
-                for job in jobs:
-                    yield _run_job(model, job, device, warmup, steps)
-        else:
+        model = with_adapter(random_llama(shape, layers, eight_bit, device, dtype), dtype)
+        with liger(model) if name.endswith("+liger") else nullcontext():
             for job in jobs:
                 yield _run_job(model, job, device, warmup, steps)
+    except FAILURES as error:  # while it was built
+        yield from ((key, recompute, Figures(failed=_said(error))) for key, _, recompute in jobs)
     finally:
         model = None
         release_memory()
+
+
+def _said(error: Exception) -> str:
+    """An error in one short line."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
 
 
 def _run_job(model: Any, job: Job, device: torch.device, warmup: int, steps: int) -> tuple[str, bool, Figures]:
@@ -188,10 +196,8 @@ def _run_job(model: Any, job: Job, device: torch.device, warmup: int, steps: int
     recompute_(model, recompute)
     try:
         figures = measure(model, rows, tokens, device, warmup, steps)
-    except torch.cuda.OutOfMemoryError:
-        figures = Figures(failed="out of memory")
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError, ValueError) as error:
-        figures = Figures(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:60]}")
+    except FAILURES as error:
+        figures = Figures(failed=_said(error))
     model.zero_grad(set_to_none=True)
     release_memory()
     return key, recompute, figures

@@ -93,14 +93,14 @@ def growing(adapters: int, tokens: int) -> Workload:
     )
 
 
-def workload(key: str, tokens: int = 1024) -> Workload:
-    """The workload called ``key``; W5 is a series of ``growing``."""
+def workload(key: str, tokens: int = 1024, adapters: int | None = None) -> Workload:
+    """The workload called ``key``; W5 is a series of ``growing``. ``adapters``: other than the 8 of W1 and 64 of W3."""
     if key == "w1":
-        return even("w1", 8, 1, tokens, peer=(1, tokens))
+        return even("w1", adapters or 8, 1, tokens, peer=(1, tokens))
     if key == "w2":
         return even("w2", 1, 8, tokens, peer=(8, tokens))
     if key == "w3":
-        return even("w3", 64, 1, max(2, tokens // 8))
+        return even("w3", adapters or 64, 1, max(2, tokens // 8))
     if key == "w4":
         return ragged(tokens)
     raise KeyError(key)
