@@ -43,7 +43,7 @@ class Allowed:
 ALLOWED = {
     "float32": Allowed(1e-5, 1e-4, 1e-5, 1e-3),
     "bfloat16": Allowed(2e-3, 3e-2, 5e-3, 5e-2),
-    "8-bit products": Allowed(5e-3, 1e-1, 1e-2, 3.5e-1),
+    "8-bit products": Allowed(5e-3, 1e-1, 1e-2, 1.5e-1),
 }
 
 

@@ -46,6 +46,7 @@ def parser_of(description: str | None = __doc__) -> argparse.ArgumentParser:
     more = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
     parser.add_argument("--precision", help="another argument of EightBitPrecision, several times", **more)
     parser.add_argument("--module", help="another argument of MultiAdapterModule, several times", **more)
+    parser.add_argument("--fresh", action="store_true", help="a new backbone for each run instead of a shared one")
     parser.add_argument("--padded", action="store_true", help="rows with pads instead of one packed row")
     parser.add_argument("--recompute", action="store_true", help="recompute activations in every workload")
     parser.add_argument("--tiny", action="store_true", help="2 layers of 64 features, sequences of 32 tokens")
@@ -80,7 +81,7 @@ class Bench:
         self.shared = SharedBackbone(self.shape, given.scheme, self.device, given.layers)
         self.settings = Settings(
             given.steps, given.warmup, given.compute, given.scheme, given.optim, not given.padded, given.recompute,
-            arguments_of(given.precision), arguments_of(given.module),
+            arguments_of(given.precision), arguments_of(given.module), given.fresh,
         )  # fmt: skip
 
     def late(self) -> bool:

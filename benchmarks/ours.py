@@ -22,7 +22,7 @@ from finetuna_lightning.training.optim import optimizer_bytes
 @dataclass(frozen=True)
 class Settings:
     """How a workload is run. ``steps`` are timed, after ``warmup`` ones. ``precision`` and ``module``: other arguments
-    of ``EightBitPrecision`` and ``MultiAdapterModule``."""
+    of ``EightBitPrecision`` and ``MultiAdapterModule``; ``fresh``: over a backbone of its own."""
 
     steps: int = 8
     warmup: int = 3
@@ -33,6 +33,7 @@ class Settings:
     recompute: bool = False
     precision: Mapping[str, Any] = field(default_factory=dict)
     module: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
 
 @dataclass
@@ -211,6 +212,8 @@ def run(
 
     ``extra``: callbacks; ``after``: steps for them that are not timed.
     """
+    if given.fresh:
+        shared.free()
     release_memory()
     lengths = work.lengths(given.warmup + given.steps + after)
     batches = joint_batches(lengths, shared.shape["vocab_size"], given.packed)

@@ -37,6 +37,7 @@ from benchmarks.workloads import (
 
 PROFILED = 2  # steps
 FORWARD = "benchmark: training_step"
+RANGES = (FORWARD, "Optimizer.")  # which the profiler draws on the device's line too
 Maker = Callable[[], Callable[[], Any]]
 
 # The first part whose pattern is found in "kernel < operator < its callers" (lower case) takes the kernel. Products
@@ -192,36 +193,37 @@ class Profile(pl.Callback):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's run: its name, the operators around it (innermost first), the shapes of the innermost's inputs that
-    are known, seconds."""
+    """Runs of one kernel at one place: its name, the operators around it (innermost first), the shapes of the
+    innermost's inputs that are known; seconds and runs in all."""
 
     name: str
     operators: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     seconds: float
+    runs: int = 1
 
 
 def kernels_of(profile: Any, cuda: bool) -> list[Kernel]:
     """The kernels that a profile saw; on the CPU, each operator's own time."""
-    found: list[Kernel] = []
+    found: dict[Any, list[float]] = defaultdict(list)
     attributed: dict[str, float] = defaultdict(float)
-    total: dict[str, float] = defaultdict(float)
+    total: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            ranges = getattr(event, "is_user_annotation", False) or event.name.startswith((FORWARD, "Optimizer."))
-            if not ranges:  # which the profiler draws on the device's line too
-                total[event.name] += event.time_range.elapsed_us() * 1e-6
-            continue
-        if not cuda:
-            found.append(Kernel(event.name, *_around(event), event.self_cpu_time_total * 1e-6))
-            continue
-        for kernel in event.kernels:
-            found.append(Kernel(kernel.name, *_around(event), kernel.duration * 1e-6))
-            attributed[kernel.name] += kernel.duration * 1e-6
-    for name, seconds in total.items():  # what no operator launched
-        if seconds > attributed[name] * (1 + 1e-6):
-            found.append(Kernel(name, (), (), seconds - attributed[name]))
-    return found
+            if not (getattr(event, "is_user_annotation", False) or event.name.startswith(RANGES)):
+                total[event.name].append(event.time_range.elapsed_us() * 1e-6)
+        elif cuda:
+            for kernel in event.kernels:
+                if not kernel.name.startswith(RANGES):
+                    found[kernel.name, *_around(event)].append(kernel.duration * 1e-6)
+                    attributed[kernel.name] += kernel.duration * 1e-6
+        else:
+            found[event.name, *_around(event)].append(event.self_cpu_time_total * 1e-6)
+    kernels = [Kernel(*where, sum(times), len(times)) for where, times in found.items()]
+    for name, times in total.items():  # what no operator launched
+        if (more := sum(times) - attributed[name]) > 1e-6 * sum(times):
+            kernels.append(Kernel(name, (), (), more, len(times)))
+    return kernels
 
 
 def _around(event: Any) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
@@ -275,7 +277,7 @@ def step_work(work: Workload, shape: dict[str, Any], layers: int, parameters: in
         "base, backward": (once, "base"),
         "LoRA": (delta_flops(lengths, work.ranks, shape, layers), "bf16"),
         "attention": (attention_flops(lengths, shape, layers), "bf16"),
-        "head and loss": (2 * head_flops(tokens, shape), "base"),
+        "head and loss": (2 * head_flops(tokens, shape), "bf16"),
         # float32 weight, gradient and two states of a byte are read, weight and states written
         "optimizer": (16.0 * parameters, "copy"),
     }
@@ -314,13 +316,14 @@ def step_table(
 
 def kernel_table(work: Workload, shape: dict[str, Any], kernels: list[Kernel], count: int) -> None:
     """Print the kernels that take longest, each with its part and the operator that launched it."""
-    spent: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    spent: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for kernel in kernels:
         operator = kernel.operators[0] if kernel.operators else ""
-        spent[kernel.name[:56], part_of(kernel, work, shape), operator[:40]].append(kernel.seconds / PROFILED)
-    first = sorted(spent.items(), key=lambda item: -sum(item[1]))[:count]
-    rows = [[name, part, operator, f"{len(times) // PROFILED}", f"{sum(times) * 1e3:.2f}"]
-            for (name, part, operator), times in first]  # fmt: skip
+        place = spent[kernel.name[:56], part_of(kernel, work, shape), operator[:40]]
+        place[0] += kernel.seconds / PROFILED
+        place[1] += kernel.runs / PROFILED
+    first = sorted(spent.items(), key=lambda item: -item[1][0])[:count]
+    rows = [[*place, f"{runs:.0f}", f"{seconds * 1e3:.2f}"] for place, (seconds, runs) in first]
     show(f"the {count} that take longest", ["kernel", "part", "launched by", "a step", "ms a step"], rows)
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from statistics import fmean
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -62,6 +63,8 @@ def test_every_workload_prints_its_table(capsys: pytest.CaptureFixture[str]) -> 
         assert figures.seconds > 0 and math.isfinite(figures.loss) and not figures.failed, key
         assert figures.tokens == pytest.approx(tokens)
     assert all(part in said for part in ("base, forward", "base, backward", "LoRA", "optimizer", "idle"))
+    profiled = next(line for line in said.splitlines() if "base, forward" in line)
+    assert "TFLOP/s" in profiled
 
 
 def test_peers_run_in_turn_with_ours(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +114,29 @@ def test_a_backbone_serves_one_fit_after_another_and_counts_its_adapters() -> No
         gpu.marginal_row(2, first, second)[4]
         == f"{(2 * weights + second.own['state'] - first.own['state']) / 2**20:.1f}"
     )
+
+
+class FullOnce(pl.Callback):
+    """Runs out of the device's memory."""
+
+    def on_train_batch_end(self, *given: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_run_that_the_memory_does_not_hold_says_so_and_the_next_goes_on() -> None:
+    shared, given = SharedBackbone(TINY, "int8", CPU), Settings(steps=1, warmup=1)
+    with gpu.quiet():
+        full = run(shared, growing(2, 30), given, [FullOnce()])
+        after = run(shared, growing(2, 30), replace(given, recompute=True))
+    assert full.failed == "out of memory" and full.cells()[0] == "out of memory"
+    assert math.isfinite(after.loss)
+    assert gpu.marginal_row(2, after, full)[1] == "out of memory"
+
+
+def test_more_arguments_are_python_values() -> None:
+    assert gpu.arguments_of(["compile=True", "form=[1, 2]", "compute=int8"]) == {
+        "compile": True, "form": [1, 2], "compute": "int8",
+    }  # fmt: skip
 
 
 def test_a_peer_that_is_not_here_says_so() -> None:
