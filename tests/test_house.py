@@ -25,6 +25,7 @@ HOUSE = """
     0  files.py
     0  quickstart/domains.py
     1  ops/reference.py
+    1  ops/cpu.py
     1  ops/kernels/*.py
     1  ops/library.py
     2  nn/quantized.py

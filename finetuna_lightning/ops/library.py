@@ -2,7 +2,8 @@
 
 What is saved for the backward pass is the codes and scales, which are the backbone's own storage, never a dequantised
 weight. ``compute="16bit"`` multiplies in the activations' type; ``compute="fp8"`` multiplies e4m3 codes in float8,
-where the device can (CUDA, compute capability 8.9 and newer) and both sides of the matrix are multiples of 16."""
+where the device can (CUDA, compute capability 8.9 and newer) and both sides of the matrix are multiples of 16;
+``compute="int8"`` multiplies int8 codes in int8, activations quantised per token."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import cpu, reference
 from finetuna_lightning.ops.tiling import tiling
 
 
@@ -165,6 +166,8 @@ def quantized_linear(
         if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
             return _Fp8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
         _say_not_8bit(tuple(codes.shape), "float8")
+    if compute == "int8" and scheme == "int8" and x.device.type == "cpu":
+        return cpu.int8_linear(x, codes, scale, bias)
     return _QuantizedLinear.apply(x, codes, scale, bias, scheme, block_size)  # type: ignore[no-any-return, no-untyped-call]
 
 
