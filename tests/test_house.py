@@ -27,6 +27,7 @@ HOUSE = """
     1  ops/reference.py
     1  ops/kernels/*.py
     1  ops/library.py
+    1  ops/loss.py
     2  nn/quantized.py
     2  nn/dropout.py
     2  nn/lora.py
@@ -50,6 +51,8 @@ HOUSE = """
     5  training/data.py
     5  training/metrics.py
     5  training/live.py
+    5  training/head.py
+    5  training/losses.py
     5  training/module.py
     5  training/plots.py
     5  training/report.py

@@ -1,0 +1,1 @@
+"""Triton kernels, each imported only where it can run."""
