@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from finetuna_lightning.adapters import AdapterBank, output_head
 from finetuna_lightning.errors import RouteError
-from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.nn.quantized import QuantizedLinear
 from finetuna_lightning.nn.routing import Route, active_route, routed
 from finetuna_lightning.ops.loss import linear_cross_entropy
@@ -146,7 +145,7 @@ class FusedHead:
             for name in changed:
                 pieces = zip(route.names, hidden.split(list(route.sizes), axis), strict=True)
                 mine, part = torch.cat([piece for other, piece in pieces if other == name], axis), route.only([name])
-                with routed(self._bank, part), packed_pass(part.lengths):
+                with routed(self._bank, part):
                     own[name] = type(head).forward(head, mine)
             return hidden
 
