@@ -16,6 +16,7 @@ its row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -70,26 +71,20 @@ def _cross_entropy_piece_(logits: Tensor, labels: Tensor, losses: Tensor, gradie
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None,
-                chunk: int, gradient: bool) -> Tensor:  # fmt: skip
-        ignored = labels == IGNORED
-        # only the host's own memory can be asked which rows count without waiting for a device
-        rows = ignored.logical_not().nonzero().squeeze(1) if hidden.device.type == "cpu" else None
-        every = rows is None or len(rows) == len(labels)
-        new = torch.empty if every else torch.zeros
+                parts: Sequence[int], chunk: int, gradient: bool) -> Tensor:  # fmt: skip
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses = new(labels.shape, dtype=wide, device=hidden.device)
-        slopes = new(hidden.shape, dtype=hidden.dtype, device=hidden.device) if gradient else None
-        if every:
-            _by_chunk(hidden, labels, weight, bias, chunk, losses, slopes)
-        else:
-            some = losses[rows]
-            some_slopes = slopes[rows] if slopes is not None else None
-            _by_chunk(hidden[rows], labels[rows], weight, bias, chunk, some, some_slopes)
-            losses[rows] = some
-            if slopes is not None and some_slopes is not None:
-                slopes[rows] = some_slopes
+        losses = torch.empty(labels.shape, dtype=wide, device=hidden.device)
+        slopes = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if gradient else None
+        stop = 0
+        for size in parts:
+            cut, stop = slice(stop, stop + size), stop + size
+            own = hidden[cut], labels[cut], weight, bias, chunk, losses[cut], None if slopes is None else slopes[cut]
+            if hidden.device.type == "cpu":
+                _counted_rows(*own)
+            else:
+                _by_chunk(*own)
         if slopes is not None:
-            ctx.save_for_backward(slopes, ignored)
+            ctx.save_for_backward(slopes, labels == IGNORED)
         return losses
 
     @staticmethod
@@ -97,7 +92,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slopes, ignored = ctx.saved_tensors
         weights = grad.masked_fill(ignored, 0)  # also where the mean of no token at all makes it infinite
-        return (slopes * weights[:, None]).to(slopes.dtype), None, None, None, None, None
+        return (slopes * weights[:, None]).to(slopes.dtype), None, None, None, None, None, None
+
+
+def _counted_rows(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, chunk: int,
+                  losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
+    """``_by_chunk`` of the rows that count alone: only the host's own memory can be asked which without a wait."""
+    rows = (labels != IGNORED).nonzero().squeeze(1)
+    if len(rows) == len(labels):
+        _by_chunk(hidden, labels, weight, bias, chunk, losses, slopes)
+        return
+    some, some_slopes = losses[rows], None if slopes is None else slopes[rows]
+    _by_chunk(hidden[rows], labels[rows], weight, bias, chunk, some, some_slopes)
+    losses.zero_()[rows] = some
+    if slopes is not None and some_slopes is not None:
+        slopes.zero_()[rows] = some_slopes
 
 
 def _by_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, chunk: int,
@@ -128,6 +137,7 @@ def linear_cross_entropy(
     *,
     scheme: str | None = None,
     block_size: int = 64,
+    parts: Sequence[int] | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """The cross entropy of each token after a frozen linear head: differentiable in ``hidden``.
@@ -137,6 +147,8 @@ def linear_cross_entropy(
         labels: [...] int64, below V, or -100 where a token has no part.
         weight: [V, d]; with ``scheme``, its codes, and ``scale`` their scales (see ``ops.reference``).
         bias: [V] or None.
+        parts: tokens of each part, one after another; no chunk has tokens of two, so that the products of one are the
+            same, bit for bit, whatever else there is. None: all are one part.
         chunk: tokens whose logits stand at a time, in hidden's type: chunk x V numbers, beside V x d of the head. None:
             512 on the CPU, 2048 elsewhere. Results of different chunks differ by rounding alone.
 
@@ -151,20 +163,22 @@ def linear_cross_entropy(
         raise ValueError("the head requires grad, but only the gradient of its input is computed here")
     if chunk is None:
         chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
-    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1] or chunk < 1:
+    parts = [labels.numel()] if parts is None else list(parts)
+    fit = sum(parts) == labels.numel() and min(parts, default=0) >= 0 and chunk >= 1
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1] or not fit:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}, head {tuple(weight.shape)} and chunk {chunk} "
-            "do not fit: [..., d], [...], [V, d] and at least 1 are expected"
+            f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}, head {tuple(weight.shape)}, parts "
+            f"{parts} and chunk {chunk} do not fit: [..., d], [...], [V, d], all tokens and at least 1 are expected"
         )
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     gradient = torch.is_grad_enabled() and hidden.requires_grad
-    flat, targets, shape = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), labels.shape
+    flat, targets, shape = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous(), labels.shape
     dtype = flat.dtype
     with torch.no_grad():
         matrix = (
             weight.to(dtype) if scheme is None else reference.dequantize(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
         )
         added = None if bias is None else bias.to(dtype)
-    losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, chunk, gradient)  # type: ignore[no-untyped-call]
+    losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, parts, chunk, gradient)  # type: ignore[no-untyped-call]
     return losses.view(shape)

@@ -67,8 +67,9 @@ class HeadInput:
             parts = self.cut(hidden)
             hidden = torch.cat([parts[index].reshape(-1, hidden.shape[-1]) for index in fused])
             labels = torch.cat([targets[index] for index in fused])
-        each = _of_head(self.head, hidden, labels).reshape(-1)
-        found = dict(zip(fused, each.split([len(targets[index]) for index in fused]), strict=True))
+        sizes = [len(targets[index]) for index in fused]
+        each = _of_head(self.head, hidden, labels, sizes).reshape(-1)
+        found = dict(zip(fused, each.split(sizes), strict=True))
         for name, logits in self.own.items():
             places = self._places(name)
             label = torch.cat([targets[index] for index in places])
@@ -88,13 +89,16 @@ class HeadInput:
         return [index for index, other in enumerate(self.route.names) if other == name]
 
 
-def _of_head(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
-    if isinstance(head, QuantizedLinear):
-        q = head.quantized
-        return linear_cross_entropy(
-            hidden, labels, q.codes, q.scale, head.bias, scheme=q.scheme, block_size=q.block_size
-        )
-    return linear_cross_entropy(hidden, labels, head.weight, bias=head.bias)
+def _of_head(head: nn.Linear, hidden: Tensor, labels: Tensor, sizes: list[int] | None = None) -> Tensor:
+    """The loss of each token; ``sizes``: the tokens of each adapter."""
+    # apart, an adapter's products are those of it alone to the last bit; many small ones would be slow on a GPU
+    parts = sizes if hidden.device.type == "cpu" else None
+    if not isinstance(head, QuantizedLinear):
+        return linear_cross_entropy(hidden, labels, head.weight, bias=head.bias, parts=parts)
+    q = head.quantized
+    return linear_cross_entropy(
+        hidden, labels, q.codes, q.scale, head.bias, scheme=q.scheme, block_size=q.block_size, parts=parts
+    )
 
 
 class FusedHead:

@@ -206,11 +206,7 @@ class MultiAdapterModule(LightningModule):
         own rows in any case.)"""
         if self.task != "causal-lm":
             return f"the task is {self.task!r}, and only causal language models' losses are fused with their heads"
-        obstacle = self._fused_head().obstacle()
-        if obstacle is not None and obstacle not in self._told:
-            self._told.add(obstacle)
-            rank_zero_info(f"the loss is computed from whole logits, which takes more memory: {obstacle}")
-        return obstacle
+        return self._fused_head().obstacle()
 
     def _fused_head(self) -> FusedHead:
         if self._head is None:
@@ -432,7 +428,11 @@ class MultiAdapterModule(LightningModule):
 
     def _for_losses(self, batch: dict[str, Any], training: bool = False) -> Any:
         """The output for ``losses``: where that can be, of a model without its head, which the loss is fused with."""
-        self._headless = self.task == "causal-lm" and self.fused_loss_obstacle() is None
+        obstacle = self.fused_loss_obstacle()
+        if self.task == "causal-lm" and obstacle is not None and obstacle not in self._told:
+            self._told.add(obstacle)
+            rank_zero_info(f"the loss is computed from whole logits, which takes more memory: {obstacle}")
+        self._headless = obstacle is None
         try:
             return self(batch, training=training)
         finally:

@@ -159,6 +159,33 @@ def test_company_changes_a_row_by_rounding_at_most(dtype: torch.dtype) -> None:
         assert relative(own, whole[cut]) < 10 * torch.finfo(dtype).eps or not whole[cut].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_each_computed_as_alone(dtype: torch.dtype) -> None:
+    """To the last bit, also where rows of one are ignored, and one is empty."""
+    hidden, weight = random(300, 24, dtype=dtype), random(401, 24, seed=1, dtype=dtype)
+    labels = torch.cat([labels_of(200, 401), labels_of(100, 401).clamp(min=0)])
+    hidden.requires_grad_()
+    whole = linear_cross_entropy(hidden, labels, weight, parts=[13, 187, 0, 100], chunk=64)
+    whole.sum().backward()
+    for cut in (slice(0, 13), slice(13, 200), slice(200, 300)):
+        alone = hidden.detach()[cut].requires_grad_()
+        own = linear_cross_entropy(alone, labels[cut], weight, chunk=64)
+        own.sum().backward()
+        assert torch.equal(own, whole[cut])
+        assert hidden.grad is not None and alone.grad is not None and torch.equal(alone.grad, hidden.grad[cut])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_in_place_what_is_ignored_is_zero(dtype: torch.dtype) -> None:
+    """Also for those who cannot leave it out, and do not know what it holds."""
+    logits, labels = random(9, 13, dtype=dtype), labels_of(9, 13)
+    logits[labels == IGNORED] = torch.nan
+    losses = torch.empty(9, dtype=torch.promote_types(dtype, torch.float32))
+    loss.cross_entropy_(logits, labels, losses, True)
+    assert bool((losses[labels == IGNORED] == 0).all()) and bool((logits[labels == IGNORED] == 0).all())
+    assert bool((losses[labels != IGNORED] > 0).all()) and bool(logits[labels != IGNORED].any(1).all())
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_no_logits_of_all_tokens_and_few_in_32_bits(wanted: bool) -> None:
     hidden = random(1500, 8, dtype=torch.bfloat16).requires_grad_(wanted)
@@ -200,7 +227,13 @@ def test_what_does_not_fit_is_refused() -> None:
         linear_cross_entropy(hidden, labels, weight.clone().requires_grad_())
     with pytest.raises(ValueError, match="the head requires grad"):
         linear_cross_entropy(hidden, labels, weight, bias=random(9).requires_grad_())
-    for wrong in ({"labels": labels[1:]}, {"weight": weight[:, 1:]}, {"chunk": 0}):
+    for wrong in (
+        {"labels": labels[1:]},
+        {"weight": weight[:, 1:]},
+        {"chunk": 0},
+        {"parts": [2, 2]},
+        {"parts": [6, -1]},
+    ):
         with pytest.raises(ValueError, match="do not fit"):
             linear_cross_entropy(**{"hidden": hidden, "labels": labels, "weight": weight} | wrong)
 

@@ -4,6 +4,7 @@ every architecture that takes it, joint as alone; which do not, and how that is 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from finetuna_lightning.adapters import AdapterBank
 from finetuna_lightning.backbone import quantize_model_
 from finetuna_lightning.configs import AdapterConfig
+from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.ops import loss as fused
 from finetuna_lightning.training.batches import by_adapter, collate
 from finetuna_lightning.training.head import HeadInput
+from finetuna_lightning.training.losses import adapter_losses
 from finetuna_lightning.training.module import MultiAdapterModule
 from finetuna_lightning.training.tokenizing import IGNORED, Example
 from tests.helpers.models import VOCAB_SIZE, excite, plain_net, tiny_config, tiny_model
@@ -146,6 +150,20 @@ def test_joint_is_as_alone(packed: bool, head: str, deterministic: bool) -> None
             assert torch.equal(losses[name], own[name])
             assert all(torch.equal(value, own_gradients[key]) for key, value in joint.items())
         assert_alike(({name: losses[name]}, joint), (own, own_gradients), 1e-5)
+
+
+def test_an_adapter_s_tokens_are_summed_in_64_bits() -> None:
+    """2^24 + 1 is 2^24 in float32, so that the order would show in the sum: with a head of two classes whose logits are
+    h and 0, the loss of the second is the softplus of h."""
+    head = nn.Linear(1, 2, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[1.0], [0.0]]))
+    hidden = torch.full((1, 17, 1), math.log(math.e - 1))
+    hidden[0, 0] = 2.0**24
+    labels = torch.ones(1, 18, dtype=torch.long)
+    batch = {"labels": labels, "adapters": ["a"], "rows": [1]}
+    output = HeadInput(torch.cat([hidden, hidden[:, 1:2]], 1), {}, head, Route(("a",), (1,)), AdapterBank(head))
+    ((_, total, count, _),) = adapter_losses(output, batch, "causal-lm")
+    assert float(total) == 2.0**24 + 16 and int(count) == 17 and total.dtype == torch.float32
 
 
 @pytest.mark.parametrize("packed", [False, True])
