@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from finetuna_lightning.adapters import (
     Adapter,
@@ -49,17 +47,19 @@ from finetuna_lightning.configs import (
 )
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.finetuned import adapter_of, finetuned_from_bank, is_prepared, shares_base
+from finetuna_lightning.fusing import fuse_
 from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training import checkpoint_io, distributed, live, resume
 from finetuna_lightning.training.batches import Separate, by_adapter, cut_output, route_of, sequences
+from finetuna_lightning.training.head import FusedHead
+from finetuna_lightning.training.losses import Loss, adapter_losses
 from finetuna_lightning.training.metrics import AdapterMetrics
 from finetuna_lightning.training.optim import AdapterOptimizers, AdapterSchedules, build_optimizer, check_optimizer
 from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
 from finetuna_lightning.training.quarantine import guarded
-from finetuna_lightning.training.tokenizing import IGNORED, pad_token_id
+from finetuna_lightning.training.tokenizing import pad_token_id
 
-Loss = Callable[[Any, dict[str, Any]], Tensor]
 _STATE_PREFIX = "adapters."
 _NOT_INPUTS = ("adapters", "rows", "labels", "lengths", "numbers")
 _EXPECTED_WARNINGS = (
@@ -136,6 +136,9 @@ class MultiAdapterModule(LightningModule):
         self._info: BackboneInfo | None = None
         self._obstacle: str | None = None
         self._packing_tried = False
+        self._head: FusedHead | None = None
+        self._headless = False  # whether the pass under way may leave the output head out
+        self._told: set[str] = set()
         self.val_metrics = nn.ModuleDict()
         self.retired: set[str] = set()
         self.stopped: dict[str, str] = {}
@@ -198,6 +201,20 @@ class MultiAdapterModule(LightningModule):
             self._packing_tried = True
         return self._obstacle
 
+    def fused_loss_obstacle(self) -> str | None:
+        """Why training and evaluation compute the loss from the model's own logits instead of fusing it with the output
+        head; None where they do not. Found out by trying, once. (An adapter that changes the head has logits of its
+        own rows in any case.)"""
+        if self.task != "causal-lm":
+            return f"the task is {self.task!r}, and only causal language models' losses are fused with their heads"
+        return self._fused_head().obstacle()
+
+    def _fused_head(self) -> FusedHead:
+        if self._head is None:
+            bank = self.adapters
+            self._head = FusedHead(bank.backbone, bank)
+        return self._head
+
     def adapter_seed(self, name: str) -> int:
         """The seed of an adapter's random streams: its own, or derived from the run's seed and its name."""
         own = self.config_of(name).seed
@@ -242,6 +259,9 @@ class MultiAdapterModule(LightningModule):
             config = self.backbone_config
             self._new_modules = self._prepare_plain() if config is None else self._load(config)
             assert self.backbone is not None
+            plugin, device = self._plugin(), self._root_device()
+            if plugin is not None and plugin.fuse:
+                fuse_(self.backbone, device, next(self.backbone.parameters()).dtype)
             bank = AdapterBank(self.backbone, self.backbone_identity())
             for name in self.adapter_configs:
                 self.attach(bank, name)
@@ -401,48 +421,33 @@ class MultiAdapterModule(LightningModule):
             packed_pass(batch.get("lengths")),
             bank.bare() if bare else bank.follow(route_of(batch), training=training),
         ):
+            if self._headless and not bare and self._fused_head().suits(batch["adapters"]):
+                return self._fused_head().run(inputs)
             return self.backbone(**inputs)
 
     def losses(self, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
         """For each adapter of the batch: name, summed loss, number of targets, and which of the batch's sequences are
         its. Each is normalised by its own count."""
-        if isinstance(output, Separate):
-            first = 0
-            for own, part in output.parts:
-                for name, total, count, cut in self._losses(own, part):
-                    yield name, total, count, slice(first, first + cut.stop)
-                    first += cut.stop
-        else:
-            yield from self._losses(output, batch)
+        return adapter_losses(output, batch, self.task, self.custom_loss)
 
-    def _losses(self, output: Any, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor, Tensor, slice]]:
-        stops = list(accumulate(batch["rows"]))
-        cuts = [slice(stop - rows, stop) for stop, rows in zip(stops, batch["rows"], strict=True)]
-        if self.custom_loss is not None:
-            for name, cut in zip(batch["adapters"], cuts, strict=True):
-                own = {k: v[cut] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
-                mean = self.custom_loss(cut_output(output, cut), own)
-                rows = cut.stop - cut.start
-                yield name, mean * rows, torch.tensor(rows, device=mean.device), cut
-            return
-        labels, packed = batch["labels"], "lengths" in batch
-        if self.task == "causal-lm":  # the label of a position is the next token, if that is of the same sequence
-            if packed:
-                labels = labels.masked_fill(batch["position_ids"] == 0, IGNORED)
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        sizes = list(route_of(batch).sizes)
-        logits, targets = (tensor.split(sizes, int(packed)) for tensor in (output.logits, labels))
-        for name, cut, own_logits, own in zip(batch["adapters"], cuts, logits, targets, strict=True):
-            count = (own != IGNORED).sum()
-            flat = own_logits.reshape(-1, own_logits.shape[-1]).float()
-            yield name, F.cross_entropy(flat, own.reshape(-1), ignore_index=IGNORED, reduction="sum"), count, cut
+    def _for_losses(self, batch: dict[str, Any], training: bool = False) -> Any:
+        """The output for ``losses``: where that can be, of a model without its head, which the loss is fused with."""
+        obstacle = self.fused_loss_obstacle()
+        if self.task == "causal-lm" and obstacle is not None and obstacle not in self._told:
+            self._told.add(obstacle)
+            rank_zero_info(f"the loss is computed from whole logits, which takes more memory: {obstacle}")
+        self._headless = obstacle is None
+        try:
+            return self(batch, training=training)
+        finally:
+            self._headless = False
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """The sum of the adapters' mean losses, each divided by its ``accumulate``. No parameter is shared, so each
         gets the gradient of its own alone. One that has left the training has no part, should its rows still come."""
         optimizer = self.optimizer
         batch, fit = self._guarded(batch)
-        output = self(batch, training=True)
+        output = self._for_losses(batch, training=True)
         means: list[Tensor] = []
         parts: list[Tensor] = []
         # the value on Lightning's own bars is fetched from the device every step; AdapterProgress does without
@@ -478,7 +483,7 @@ class MultiAdapterModule(LightningModule):
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         batch, fit = self._guarded(batch)
-        output = self(batch)
+        output = self._for_losses(batch)
         for name, total, count, cut in self.losses(output, batch):
             metrics = self.val_metrics[name]
             assert isinstance(metrics, AdapterMetrics)

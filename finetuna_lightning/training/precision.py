@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
+from finetuna_lightning.adapters import output_head
 from finetuna_lightning.backbone import cast_, quantize_model_, quantized_layers
 from finetuna_lightning.configs import BLOCK_SIZES, DTYPES, SCHEMES
 from finetuna_lightning.errors import ConfigError, one_of
@@ -63,7 +64,7 @@ class EightBitPrecision(Precision):
     precision: Any = "8-bit"
 
     def __init__(self, scheme: str = "int8", block_size: int = 64, dtype: str = "auto", compute: str = "auto",
-                 skip_modules: list[str] | None = None) -> None:  # fmt: skip
+                 skip_modules: list[str] | None = None, fuse: bool = True) -> None:  # fmt: skip
         super().__init__()
         for what, value, options in (
             ("scheme", scheme, SCHEMES),
@@ -75,12 +76,13 @@ class EightBitPrecision(Precision):
         if block_size not in BLOCK_SIZES:
             raise ConfigError(f"EightBitPrecision.block_size must be one of {BLOCK_SIZES}, not {block_size!r}")
         self.scheme, self.block_size, self.dtype, self.compute = scheme, block_size, dtype, compute
-        self.skip_modules = list(skip_modules or ())
+        self.skip_modules, self.fuse = list(skip_modules or ()), fuse
 
     def set_compute(self, backbone: nn.Module) -> None:
         """Say to every quantised matrix how products with it are computed."""
+        head = getattr(output_head(backbone), "quantized", None)
         for quantized in quantized_layers(backbone).values():
-            quantized.compute = self.compute if self.compute in _NEEDS else "16bit"
+            quantized.compute = self.compute if self.compute in _NEEDS and quantized is not head else "16bit"
 
     def check_device(self, device: torch.device, scheme: str) -> None:
         """Raise ConfigError where ``compute`` is not to be had on ``device`` for a backbone stored in ``scheme``."""

@@ -1,1 +1,1 @@
-"""Triton kernels; imported only where they can run. Each has its meaning in ``ops.reference`` or beside its caller."""
+"""Triton kernels, each imported only where it can run."""

@@ -1,0 +1,184 @@
+"""A frozen output head and the cross entropy after it, as one operator that never holds the logits of all tokens.
+
+For the tokens of a chunk, with ``h`` [tokens, d], the head ``W`` [V, d] and the label ``y`` of each:
+
+    logits = h W^T + bias               in h's type
+    loss   = log sum exp(logits) - logits[y]        in float32
+    G      = softmax(logits) - onehot(y)            over the logits, in h's type
+    dh     = G W                                    in h's type
+
+The head has no gradient, so ``dh`` is all that a backward pass needs: it is made in the forward pass, while the logits
+are there, and the backward pass scales its rows. Both products are computed in h's type, whatever the head is stored
+in: the differences between probabilities would not survive 8 bits.
+
+A row takes part in no other row's result, and what is ignored is selected away, never multiplied by 0: a NaN stays in
+its row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetuna_lightning.ops import reference
+
+IGNORED = -100
+CHUNK, CPU_CHUNK = 2048, 512  # tokens whose logits stand at a time
+PIECE = 256  # of these, tokens whose logits stand in float32, where there is no kernel
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
+    """Write the cross entropy of each row into ``losses`` and, with ``gradient``, its derivative over ``logits``.
+
+    Args:
+        logits: [rows, V]; without ``gradient`` left as they are, or not, as is cheaper.
+        labels: [rows] int64, below V, or ``IGNORED``: such a row has loss 0 and gradient 0, whatever its logits are.
+        losses: [rows], float32, or float64 for float64 logits.
+    """
+    if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
+        from finetuna_lightning.ops.kernels import loss as kernel
+
+        kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
+    else:
+        for first in range(0, logits.shape[0], PIECE):
+            cut = slice(first, first + PIECE)
+            _cross_entropy_piece_(logits[cut], labels[cut], losses[cut], gradient)
+
+
+def _cross_entropy_piece_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
+    """``cross_entropy_`` in plain torch, with a copy of ``logits`` in ``losses``' type where that is another."""
+    ignored, at = labels == IGNORED, labels.clamp(min=0)[:, None]
+    wide = logits.to(losses.dtype)
+    norm = wide.logsumexp(1, keepdim=True)
+    losses.copy_((norm - wide.gather(1, at)).squeeze(1).masked_fill_(ignored, 0))
+    if gradient:
+        wide.sub_(norm).exp_()
+        wide.scatter_(1, at, wide.gather(1, at) - 1)
+        wide.masked_fill_(ignored[:, None], 0)
+        if wide is not logits:
+            logits.copy_(wide)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None,
+                parts: Sequence[int], chunk: int, gradient: bool) -> Tensor:  # fmt: skip
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(labels.shape, dtype=wide, device=hidden.device)
+        slopes = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if gradient else None
+        stop = 0
+        for size in parts:
+            cut, stop = slice(stop, stop + size), stop + size
+            own = hidden[cut], labels[cut], weight, bias, chunk, losses[cut], None if slopes is None else slopes[cut]
+            if hidden.device.type == "cpu":
+                _counted_rows(*own)
+            else:
+                _by_chunk(*own)
+        if slopes is not None:
+            ctx.save_for_backward(slopes, labels == IGNORED)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slopes, ignored = ctx.saved_tensors
+        weights = grad.masked_fill(ignored, 0)  # also where the mean of no token at all makes it infinite
+        return (slopes * weights[:, None]).to(slopes.dtype), None, None, None, None, None, None
+
+
+def _counted_rows(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, chunk: int,
+                  losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
+    """``_by_chunk`` of the rows that count alone: only the host's own memory can be asked which without a wait."""
+    rows = (labels != IGNORED).nonzero().squeeze(1)
+    if len(rows) == len(labels):
+        _by_chunk(hidden, labels, weight, bias, chunk, losses, slopes)
+        return
+    some, some_slopes = losses[rows], None if slopes is None else slopes[rows]
+    _by_chunk(hidden[rows], labels[rows], weight, bias, chunk, some, some_slopes)
+    losses.zero_()[rows] = some
+    if slopes is not None and some_slopes is not None:
+        slopes.zero_()[rows] = some_slopes
+
+
+def _by_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, chunk: int,
+              losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
+    """Fill ``losses`` and ``slopes``, chunk by chunk."""
+    count, vocabulary = len(labels), weight.shape[0]
+    # on a GPU each row begins at a multiple of 16 bytes, or matrix units and loads go at a fraction of their speed
+    width = -(-vocabulary // 16) * 16 if hidden.is_cuda else vocabulary
+    buffer = hidden.new_empty(min(chunk, count), width)[:, :vocabulary]
+    for first in range(0, count, chunk):
+        cut = slice(first, min(first + chunk, count))
+        logits = buffer[: cut.stop - cut.start]
+        if bias is None:
+            torch.mm(hidden[cut], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden[cut], weight.t(), out=logits)
+        cross_entropy_(logits, labels[cut], losses[cut], slopes is not None)
+        if slopes is not None:
+            torch.mm(logits, weight, out=slopes[cut])
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    scheme: str | None = None,
+    block_size: int = 64,
+    parts: Sequence[int] | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """The cross entropy of each token after a frozen linear head: differentiable in ``hidden``.
+
+    Args:
+        hidden: [..., d], the head's input; under autocast in autocast's type.
+        labels: [...] int64, below V, or -100 where a token has no part.
+        weight: [V, d]; with ``scheme``, its codes, and ``scale`` their scales (see ``ops.reference``).
+        bias: [V] or None.
+        parts: tokens of each part, one after another; no chunk has tokens of two, so that the products of one are the
+            same, bit for bit, whatever else there is. None: all are one part.
+        chunk: tokens whose logits stand at a time, in hidden's type: chunk x V numbers, beside V x d of the head. None:
+            512 on the CPU, 2048 elsewhere. Results of different chunks differ by rounding alone.
+
+    Returns:
+        [...] float32 (float64 for float64 ``hidden``), 0 where a token has no part. Mean, sum and the cut into adapters
+        are the caller's.
+
+    Raises:
+        ValueError: for a weight or bias that requires grad, or shapes that do not fit.
+    """
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("the head requires grad, but only the gradient of its input is computed here")
+    if chunk is None:
+        chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
+    parts = [labels.numel()] if parts is None else list(parts)
+    fit = sum(parts) == labels.numel() and min(parts, default=0) >= 0 and chunk >= 1
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1] or not fit:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}, head {tuple(weight.shape)}, parts "
+            f"{parts} and chunk {chunk} do not fit: [..., d], [...], [V, d], all tokens and at least 1 are expected"
+        )
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    gradient = torch.is_grad_enabled() and hidden.requires_grad
+    flat, targets, shape = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous(), labels.shape
+    dtype = flat.dtype
+    with torch.no_grad():
+        matrix = (
+            weight.to(dtype) if scheme is None else reference.dequantize(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
+        )
+        added = None if bias is None else bias.to(dtype)
+    losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, parts, chunk, gradient)  # type: ignore[no-untyped-call]
+    return losses.view(shape)
