@@ -74,7 +74,7 @@ def test_fp8_compute_forward_and_backward() -> None:
 
 
 def test_fp8_compute_says_once_where_it_cannot() -> None:
-    library._say_not_fp8.cache_clear()
+    library._say_not_8bit.cache_clear()
     layer, weight = quantized_pair("fp8", 40, 24, torch.bfloat16)
     layer.quantized.compute = "fp8"
     x = torch.randn(4, 24, device="cuda", dtype=torch.bfloat16)

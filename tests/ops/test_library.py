@@ -171,5 +171,5 @@ def test_rows_in_e4m3() -> None:
 
 def test_a_shape_that_float8_does_not_take_is_told_once() -> None:
     with pytest.warns(UserWarning, match="a 7x13 layer is computed in 16 bits: float8 needs multiples of 16"):
-        library._say_not_fp8((7, 13))
-    library._say_not_fp8((7, 13))
+        library._say_not_8bit((7, 13), "float8")
+    library._say_not_8bit((7, 13), "float8")
