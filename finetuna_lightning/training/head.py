@@ -111,20 +111,24 @@ class FusedHead:
 
     def __init__(self, backbone: nn.Module, bank: AdapterBank) -> None:
         self._backbone, self._bank = backbone, bank
-        self._tried = False
+        self._tried: nn.Module | None = None
         self._passes_on = False  # whether what the head gives comes out of the model as it is
         self._found: tuple[nn.Module | None, list[str]] = (None, [])
         self._obstacle: str | None = None
 
     def obstacle(self) -> str | None:
-        """Why the loss must be computed from the model's own logits; None where it need not. Tried once."""
+        """Why the loss must be computed from the model's own logits, or None. A head is tried once."""
         head = output_head(self._backbone)
-        if head is not None and (head._forward_hooks or head._forward_pre_hooks):
+        if head is None:
+            return f"{type(self._backbone).__name__} names no output head"
+        if head._forward_hooks or head._forward_pre_hooks:
             return "a hook on the output head waits for logits"
-        if not self._tried:
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            return "its output head is not frozen"
+        if self._tried is not head:
             with self._bank.bare():
-                self._obstacle = self._try()
-            self._tried = True
+                self._obstacle = self._try(head)
+            self._tried = head
         return self._obstacle
 
     def suits(self, names: Sequence[str]) -> bool:
@@ -181,11 +185,9 @@ class FusedHead:
         ]
 
     @torch.no_grad()
-    def _try(self) -> str | None:
+    def _try(self, head: nn.Module) -> str | None:
         """Why the model, bare, does not give the same losses without its head as with it."""
-        head, model = output_head(self._backbone), self._backbone
-        if head is None:
-            return f"{type(model).__name__} names no output head"
+        model = self._backbone
         if not isinstance(head, nn.Linear):
             return f"its output head is a {type(head).__name__}, and only linear layers are fused with the loss"
         table: Any = model.get_input_embeddings()  # type: ignore[operator]

@@ -239,7 +239,7 @@ def test_a_head_of_another_kind_is_noticed() -> None:
 
 def test_a_head_that_is_not_called_is_noticed() -> None:
     model = model_of("llama")
-    apart = nn.Linear(32, VOCAB_SIZE)
+    apart = nn.Linear(32, VOCAB_SIZE).requires_grad_(False)
     model.get_output_embeddings = lambda: apart
     module = MultiAdapterModule(model, {"sql": AdapterConfig(rank=2, target_modules=["q_proj"])})
     assert "its output head meets []" in obstacle(module, batch_of(False, ("sql",)))
@@ -254,6 +254,18 @@ def test_a_hook_on_the_head_gets_the_logits() -> None:
     assert seen[0].shape[-1] == VOCAB_SIZE
     handle.remove()
     assert module.fused_loss_obstacle() is None
+
+
+def test_a_head_put_in_the_place_of_another_is_tried_again() -> None:
+    module, batch = module_of("llama"), batch_of(False)
+    assert isinstance(module._for_losses(batch, training=True), HeadInput)
+    module.backbone.lm_head = nn.Linear(32, VOCAB_SIZE)
+    assert obstacle(module, batch) == "its output head is not frozen"
+    module.backbone.lm_head.requires_grad_(False)
+    output = module._for_losses(batch)
+    assert isinstance(output, HeadInput) and torch.allclose(output.logits, module(batch).logits, atol=1e-5)
+    module.backbone.lm_head = NoLinear()
+    assert "its output head is a NoLinear" in obstacle(module, batch)
 
 
 def test_where_all_have_heads_of_their_own_nothing_is_fused() -> None:
