@@ -200,7 +200,8 @@ class FusedHead:
                 given = model(input_ids=ids, use_cache=False).logits
             if len(seen) != 1 or seen[0].shape != (*_PROBE, head.in_features):
                 return f"its output head meets {[tuple(hidden.shape) for hidden in seen]} for a batch of {_PROBE}"
-            dtype, noise = seen[0].dtype, _NOISE.get(seen[0].dtype, 0.05)
+            dtype, stored = seen[0].dtype, getattr(head, "quantized", None)
+            noise = _NOISE.get(dtype, 0.05) if stored is None or stored.compute == "16bit" else 0.05
             probe = (torch.randn(seen[0].shape, generator=generator) * _PROBE_SIZE).to(device, dtype)
             with _replaced(head, lambda hidden: probe):
                 after = model(input_ids=ids, use_cache=False).logits

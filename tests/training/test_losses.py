@@ -123,6 +123,13 @@ def test_losses_and_gradients_are_those_of_the_logits(name: str, scheme: str | N
     assert_alike(*both_roads(lambda: module_of(name, scheme, head), batch_of(packed)), tolerance=5e-6)
 
 
+def test_a_head_that_computes_in_8_bits_is_fused_too() -> None:
+    """Its own logits are as far from the truth as 8 bits are; the loss is computed from 8-bit storage, not in it."""
+    module = module_of("llama", "int8")
+    module.adapters.backbone.lm_head.quantized.compute = "int8"
+    assert module.fused_loss_obstacle() is None
+
+
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3", "opt", "gptj", "falcon", "granite", "cohere", "gemma2"])
 def test_every_architecture_whose_logits_come_from_the_head_alone(name: str) -> None:
     """Those with a scale after the head too, and Gemma without its soft cap."""
