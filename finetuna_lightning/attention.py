@@ -18,7 +18,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetuna_lightning.errors import RouteError
-from finetuna_lightning.nn.packing import PackedMask, attend_by_sequence, packed_lengths, packed_pass
+from finetuna_lightning.nn.packing import (
+    PackedMask,
+    attend_by_sequence,
+    attend_causally,
+    packed_lengths,
+    packed_pass,
+)
 
 _PREFIX = "finetuna_"
 _IMPLEMENTATIONS = ("sdpa", "eager")
@@ -42,6 +48,13 @@ def _attention_of(implementation: str) -> Callable[..., Any]:
             if packed_lengths() is not None:
                 raise RouteError(f"{type(module).__name__} attends without the mask of a packed row")
             return own(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+
+        plain = implementation == "sdpa" and getattr(module, "is_causal", False) and not options.get("dropout")
+        if plain and all(attention_mask.of(length) is None for length in set(attention_mask.lengths)):
+            scale = options.get("scaling") or query.shape[-1] ** -0.5
+            out = attend_causally(query, key, value, attention_mask.lengths, scale)
+            if out is not None:
+                return out, None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             return own(module, q, k, v, mask, **options)[0]  # type: ignore[no-any-return]

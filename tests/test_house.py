@@ -25,6 +25,8 @@ HOUSE = """
     0  files.py
     0  quickstart/domains.py
     1  ops/reference.py
+    1  ops/cpu.py
+    1  ops/tiling.py
     1  ops/kernels/*.py
     1  ops/library.py
     1  ops/loss.py
@@ -32,10 +34,13 @@ HOUSE = """
     2  nn/dropout.py
     2  nn/lora.py
     2  nn/packing.py
+    2  nn/joint.py
     2  nn/routing.py
+    2  nn/blocks.py
     3  peft_io.py
     3  adapters.py
     3  backbone.py
+    3  fusing.py
     3  attention.py
     4  finetuned.py
     5  training/precision.py
@@ -45,6 +50,7 @@ HOUSE = """
     5  training/tokenizing.py
     5  training/batches.py
     5  training/quarantine.py
+    5  training/flat_optim.py
     5  training/optim.py
     5  training/loader.py
     5  training/resume.py
@@ -70,7 +76,7 @@ ORDER = list(FLOORS)
 
 # Who may import a library that is kept to a few rooms.
 LIGHTNING_FLOOR = 5
-TRANSFORMERS_ROOMS = {"attention.py", "backbone.py", "quickstart/pretrain.py", "training/tokenizing.py"}
+TRANSFORMERS_ROOMS = {"attention.py", "backbone.py", "fusing.py", "quickstart/pretrain.py", "training/tokenizing.py"}
 OPS_LIBRARIES = {"torch", "triton"}
 NOWHERE = {"peft"}
 

@@ -23,10 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from finetuna_lightning.errors import RouteError
+from finetuna_lightning.nn import joint
 from finetuna_lightning.nn.dropout import places
 from finetuna_lightning.nn.lora import Delta, LoRALinear
 from finetuna_lightning.nn.packing import PackedMask, packed_pass
-from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedWeight, mixed
+from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, mixed
+from finetuna_lightning.ops.library import has_joint_kernels
+from finetuna_lightning.ops.tiling import Tiling, tiling
 from finetuna_lightning.seeds import stream_seed
 
 
@@ -279,10 +282,63 @@ class _Routed(nn.Module):
         return _joined(out, range(len(out)), axis)
 
 
+def joint_parts(
+    layers: Sequence[nn.Module], x: Tensor
+) -> tuple[Tiling, list[list[LoRALinear | None]], list[QuantizedWeight], list[Tensor | None]] | None:
+    """What ``nn.joint`` needs to compute ``layers``, which share the rows of x [..., features]: whose rows they are, the
+    deltas, weights and biases. None where they have to be called one by one: a layer that is not quantised, trained in
+    full or hooked, a delta with dropout in force or a bias, or a device without the kernels."""
+    if not has_joint_kernels(x.device):
+        return None
+    if not all(isinstance(layer, QuantizedLinear) and not _observed(layer) for layer in layers):
+        return None
+    weights = [layer.quantized for layer in layers]  # type: ignore[union-attr]
+    biases: list[Tensor | None] = [layer.bias for layer in layers]  # type: ignore[misc]
+    if not joint.takes(x, weights, biases):
+        return None
+    vectors = x.numel() // x.shape[-1]
+    bank = next((layer._finetuna_bank for layer in layers if isinstance(layer, _Routed)), None)
+    if any(isinstance(layer, RoutedPlain) for layer in layers):
+        return None
+    route = None if bank is None or bank.sole is not None else active_route(bank)
+    if bank is None or (bank.sole is None and route is None):
+        return tiling([("", 0, vectors)], x.device), [[None] for _ in layers], weights, biases
+    if route is None:
+        spans = [(str(bank.sole), 0, vectors)]
+    else:
+        axis = route.axis(x.shape[:-1])
+        each = vectors // x.shape[axis]
+        spans = [(name, start * each, stop * each) for name, start, stop in route.segments(x.shape[axis])]
+    cut = tiling(spans, x.device)
+    deltas: list[list[LoRALinear | None]] = []
+    for layer in layers:
+        path = layer._finetuna_path if isinstance(layer, _Routed) else None
+        own = [None if path is None else bank.delta(name, path) for name in cut.names]
+        for name, delta in zip(cut.names, own, strict=True):
+            if delta is not None and not (isinstance(delta, LoRALinear) and joint.takes_delta(delta)):
+                return None
+            dropping = delta is not None and delta.dropout > 0  # type: ignore[operator, union-attr]
+            if dropping and (delta.training if route is None else route.seeds.get(name) is not None):  # type: ignore[union-attr]
+                return None
+            if delta is not None and route is None:
+                _check_gradients(bank, delta)
+        deltas.append(own)  # type: ignore[arg-type]
+    return cut, deltas, weights, biases
+
+
+def _observed(layer: nn.Module) -> bool:
+    """Whether somebody hooked the layer: it has to be called then."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 class RoutedLinear(_Routed):
     """A linear layer to whose output the route's adapters add their deltas."""
 
     def forward(self, input: Tensor) -> Tensor:
+        parts = joint_parts([self], input)
+        if parts is not None:
+            cut, (deltas,), (quantized,), (bias,) = parts
+            return joint.linear(input, quantized, bias, deltas, cut)
         return self._add_deltas(input, super().forward(input), input.shape[:-1])
 
 

@@ -2,10 +2,12 @@
 
 What is saved for the backward pass is the codes and scales, which are the backbone's own storage, never a dequantised
 weight. ``compute="16bit"`` multiplies in the activations' type; ``compute="fp8"`` multiplies e4m3 codes in float8,
-where the device can (CUDA, compute capability 8.9 and newer) and both sides of the matrix are multiples of 16."""
+where the device can (CUDA, compute capability 8.9 and newer) and both sides of the matrix are multiples of 16;
+``compute="int8"`` multiplies int8 codes in int8, activations quantised per token."""
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from functools import cache
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import cpu, reference
+from finetuna_lightning.ops.tiling import tiling
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -36,6 +39,69 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, None, grad_bias, None, None
+
+
+@cache
+def has_joint_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels of ``ops.kernels`` run on ``device``: they use Hopper's bulk copies."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+class _Int8Linear(torch.autograd.Function):
+    """Y = X W^T with X quantised per row; dX = (dY * s) W with dY * s quantised per row, on CUDA: see ops.kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.ops.finetuna.int8_linear(x, codes, scale, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        codes, scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.finetuna.int8_linear_backward(grad, codes, scale)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias
+
+
+@torch.library.custom_op("finetuna::int8_linear", mutates_args=(), device_types="cuda")
+def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    from finetuna_lightning.ops.kernels import gemm, rows
+
+    flat = x.reshape(-1, x.shape[-1])
+    values, row_scale = rows.quantize(flat)
+    out = torch.empty(flat.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
+    tiles = tiling([("", 0, flat.shape[0])], x.device).tiles
+    gemm.gemm(values, codes, out, tiles, row_scale=row_scale, column_scale=scale, bias=bias)
+    return out.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op("finetuna::int8_linear_backward", mutates_args=(), device_types="cuda")
+def _int8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    from finetuna_lightning.ops.kernels import gemm, rows
+
+    flat = grad.reshape(-1, grad.shape[-1])
+    values, row_scale = rows.quantize(flat, scale)
+    turned = rows.transpose(codes, torch.empty(codes.shape[1], codes.shape[0], dtype=torch.int8, device=codes.device))
+    out = torch.empty(flat.shape[0], codes.shape[1], dtype=grad.dtype, device=grad.device)
+    gemm.gemm(values, turned, out, tiling([("", 0, flat.shape[0])], grad.device).tiles, row_scale=row_scale)
+    return out.view(*grad.shape[:-1], -1)
+
+
+@_int8_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@_int8_linear_backward.register_fake
+def _(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], codes.shape[1])
 
 
 def _e4m3_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,13 +158,19 @@ def quantized_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if compute == "int8" and scheme == "int8" and x.numel() and has_joint_kernels(x.device) and x.dtype != torch.float32:
+        if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
+            return _Int8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
+        _say_not_8bit(tuple(codes.shape), "int8")
     if compute == "fp8" and scheme == "fp8" and x.is_cuda:
         if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
             return _Fp8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
-        _say_not_fp8(tuple(codes.shape))
+        _say_not_8bit(tuple(codes.shape), "float8")
+    if compute == "int8" and scheme == "int8" and x.device.type == "cpu":
+        return cpu.int8_linear(x, codes, scale, bias)
     return _QuantizedLinear.apply(x, codes, scale, bias, scheme, block_size)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @cache
-def _say_not_fp8(shape: tuple[int, ...]) -> None:
-    warnings.warn(f"a {shape[0]}x{shape[1]} layer is computed in 16 bits: float8 needs multiples of 16", stacklevel=3)
+def _say_not_8bit(shape: tuple[int, ...], kind: str) -> None:
+    warnings.warn(f"a {shape[0]}x{shape[1]} layer is computed in 16 bits: {kind} needs multiples of 16", stacklevel=3)

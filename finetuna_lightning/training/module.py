@@ -47,6 +47,7 @@ from finetuna_lightning.configs import (
 )
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.finetuned import adapter_of, finetuned_from_bank, is_prepared, shares_base
+from finetuna_lightning.fusing import fuse_
 from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training import checkpoint_io, distributed, live, resume
@@ -258,6 +259,9 @@ class MultiAdapterModule(LightningModule):
             config = self.backbone_config
             self._new_modules = self._prepare_plain() if config is None else self._load(config)
             assert self.backbone is not None
+            plugin, device = self._plugin(), self._root_device()
+            if plugin is not None and plugin.fuse:
+                fuse_(self.backbone, device, next(self.backbone.parameters()).dtype)
             bank = AdapterBank(self.backbone, self.backbone_identity())
             for name in self.adapter_configs:
                 self.attach(bank, name)

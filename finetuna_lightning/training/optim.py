@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from finetuna_lightning.configs import AdapterConfig, OptimConfig, optimizer_settings
 from finetuna_lightning.errors import ConfigError
-from finetuna_lightning.training.quarantine import LateVerdict, agreed
+from finetuna_lightning.training.flat_optim import FLAT, FlatStep, flat_optimizer
+from finetuna_lightning.training.quarantine import LateVerdicts, agreed
 
 Factor = Callable[[int], float]
 
@@ -83,8 +84,9 @@ class AdapterOptimizers(Optimizer):
     stepped, each by itself. A step whose loss or gradient norm is not finite is skipped: weights, state and step count
     stay as they are. Where nothing is noted, whatever has a gradient takes part.
 
-    On a GPU, AdamW (fused) selects on the device, and the count follows one step late, so that the host never waits;
-    the other kinds are asked on the host (bitsandbytes waits for the GPU at every tensor anyway).
+    Flat optimizers, and torch's AdamW on a GPU, select on the device, and the count follows one step late, so that the
+    host never waits. For SGD, Adafactor and the paged kinds the host asks (and bitsandbytes, whose paged state it is,
+    waits at every tensor).
 
     Args:
         optimizers: by adapter, over one parameter group each.
@@ -97,7 +99,8 @@ class AdapterOptimizers(Optimizer):
         self._noted: set[str] = set()
         self._norms: dict[str, Tensor] = {}
         self._loaded: dict[str, dict[int, Tensor]] = {}  # gradients of a checkpoint, until their adapter's next batch
-        self._late: list[tuple[str, LateVerdict]] = []
+        self._taken: dict[str, Tensor] = {}  # whether the device takes the step, of those that it decides about
+        self._late: list[LateVerdicts] = []
         super().__init__([{}], {})
 
     # ---- torch's attributes, which belong to the optimizers within ----
@@ -156,13 +159,22 @@ class AdapterOptimizers(Optimizer):
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
     def clip(self) -> dict[str, Tensor]:
-        """Clip the gradient norm of every adapter whose step is due to its own ``max_grad_norm``; the norms before."""
+        """Clip the gradient norm of every adapter whose step is due to its own ``max_grad_norm``; the norms before.
+
+        Gradients of flat optimizers stay as they are until they are gathered, in ``step``."""
         for name in self.due():
-            having = [p for p in self._parameters(name) if p.grad is not None]
-            if having and name not in self._norms:
-                limit = self.optimizers[name].param_groups[0]["max_grad_norm"]
-                self._norms[name] = nn.utils.clip_grad_norm_(having, math.inf if limit is None else limit)
+            gradients = [p.grad for p in self._parameters(name) if p.grad is not None]
+            if gradients and name not in self._norms:
+                self._norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+                coefficient = self._coefficient(name)
+                if coefficient is not None and not isinstance(self.optimizers[name], FlatStep):
+                    torch._foreach_mul_(gradients, coefficient)
         return dict(self._norms)
+
+    def _coefficient(self, name: str) -> Tensor | None:
+        """What brings the gradients of ``name`` to its ``max_grad_norm``, as ``clip_grad_norm_`` has it."""
+        limit = self.optimizers[name].param_groups[0]["max_grad_norm"]
+        return None if limit is None else (limit / (self._norms[name] + 1e-6)).clamp(max=1.0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -173,29 +185,37 @@ class AdapterOptimizers(Optimizer):
                 loss = closure()
         self.settle()
         self.clip()
-        good: dict[str, Tensor] = {}
         due = self.due()
         for name in self._taking_part():
-            turn = self.turns[name]
-            turn.pending += 1
-            if name in due and name in self._norms:
-                finite = self._norms[name].isfinite()
-                good[name] = finite if turn.finite is None else finite & turn.finite
-        for name, flag in agreed(good).items():
+            self.turns[name].pending += 1
+        for name, flag in agreed(self._good([name for name in due if name in self._norms])).items():
             self._take(name, flag)
+        if self._taken:
+            self._late.append(LateVerdicts(self._taken))
+            self._taken.clear()
         for name in due:
             self.turns[name].pending, self.turns[name].finite = 0, None
         self._noted.clear()
         self._norms.clear()
         return loss
 
+    def _good(self, names: list[str]) -> dict[str, Tensor]:
+        """By adapter, whether its losses and its gradients' norm are finite, on the device."""
+        if not names:
+            return {}
+        norms = torch.stack([self._norms[name] for name in names]).isfinite().unbind()
+        losses = [self.turns[name].finite for name in names]
+        return {n: norm if own is None else norm & own for n, norm, own in zip(names, norms, losses, strict=True)}
+
     def _take(self, name: str, good: Tensor) -> None:
         optimizer, turn = self.optimizers[name], self.turns[name]
-        if optimizer.param_groups[0].get("fused"):
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's word for one that heeds found_inf
             optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+            if isinstance(optimizer, FlatStep):
+                optimizer.coefficient = self._coefficient(name)
             optimizer.step()
             turn.steps += 1
-            self._late.append((name, LateVerdict(good)))
+            self._taken[name] = good
         elif good:
             optimizer.step()
             turn.steps, turn.in_a_row = turn.steps + 1, 0
@@ -205,11 +225,15 @@ class AdapterOptimizers(Optimizer):
 
     def settle(self) -> None:
         """Take back the counts of steps that the device did not take."""
-        for name, verdict in self._late:
-            turn = self.turns[name]
-            if verdict.read():
-                turn.in_a_row = 0
-            else:
+        for verdicts in self._late:
+            for name, taken in verdicts.read().items():
+                turn = self.turns[name]
+                if taken:
+                    turn.in_a_row = 0
+                    continue
+                optimizer = self.optimizers[name]
+                if isinstance(optimizer, FlatStep):
+                    optimizer.take_back()
                 turn.steps -= 1
                 turn.skip()
                 self._set_rate(name)
@@ -264,6 +288,7 @@ class AdapterOptimizers(Optimizer):
         """Go on from ``state_dict``, by name. An adapter that is not in it starts afresh, one that is only there is
         passed over, and one with another class of optimizer starts that afresh and keeps its counts; each with a line
         in the log. Learning rates, decays and the like are those of this run."""
+        self.settle()
         saved = state_dict["adapters"]
         for name in saved:
             if name not in self.optimizers:
@@ -355,10 +380,11 @@ def adapter_optimizer(
         return torch.optim.SGD([group], lr=config.lr, **settings)
     if kind == "adafactor":
         return torch.optim.Adafactor([group], lr=config.lr)
+    if kind in FLAT:
+        return flat_optimizer(kind, [group], **settings)
     import bitsandbytes.optim as eight_bit  # slow to import
 
-    names = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "lion": "Lion", "lion8bit": "Lion8bit",
-             "paged_lion8bit": "PagedLion8bit"}  # fmt: skip
+    names = {"paged_adamw8bit": "PagedAdamW8bit", "paged_lion8bit": "PagedLion8bit"}
     optimizer: Optimizer = getattr(eight_bit, names[kind])([group], **settings)
     return optimizer
 

@@ -9,11 +9,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
+from finetuna_lightning.adapters import output_head
 from finetuna_lightning.backbone import cast_, quantize_model_, quantized_layers
 from finetuna_lightning.configs import BLOCK_SIZES, DTYPES, SCHEMES
 from finetuna_lightning.errors import ConfigError, one_of
+from finetuna_lightning.ops import cpu
 
-COMPUTE = ("auto", "16bit", "fp8")
+COMPUTE = ("auto", "16bit", "int8", "fp8")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -31,6 +33,21 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def has_int8(device: torch.device) -> bool:
+    """Whether ``device`` multiplies matrices in int8 faster than in 16 bits: a CUDA GPU of compute capability 8.0 or
+    newer, or a CPU with AMX or VNNI."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return cpu.has_int8(device)
+
+
+# what compute in 8 bits needs; each is called as the scheme that it is for
+_NEEDS = {
+    "int8": "a CPU with AMX or VNNI, or a CUDA GPU of compute capability 8.0 or newer",
+    "fp8": "a CUDA GPU of compute capability 8.9 or newer",
+}
+
+
 class EightBitPrecision(Precision):
     """Quantises the backbone and leaves the adapters alone.
 
@@ -40,14 +57,14 @@ class EightBitPrecision(Precision):
     Args:
         scheme, block_size, skip_modules: for a backbone that came as a plain module. A ``BackboneConfig`` has its own.
         dtype: of activations and of what is not quantised: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        compute: ``16bit`` computes in ``dtype`` from 8-bit storage; ``fp8`` multiplies in float8, where the device
-            can and the scheme is ``fp8``; ``auto`` is ``16bit``.
+        compute: ``16bit`` computes in ``dtype`` from 8-bit storage; ``int8`` and ``fp8`` multiply in 8 bits, where the
+            device can and the scheme is the same, activations and gradients quantised per token; ``auto`` is ``16bit``.
     """
 
     precision: Any = "8-bit"
 
     def __init__(self, scheme: str = "int8", block_size: int = 64, dtype: str = "auto", compute: str = "auto",
-                 skip_modules: list[str] | None = None) -> None:  # fmt: skip
+                 skip_modules: list[str] | None = None, fuse: bool = True) -> None:  # fmt: skip
         super().__init__()
         for what, value, options in (
             ("scheme", scheme, SCHEMES),
@@ -59,24 +76,25 @@ class EightBitPrecision(Precision):
         if block_size not in BLOCK_SIZES:
             raise ConfigError(f"EightBitPrecision.block_size must be one of {BLOCK_SIZES}, not {block_size!r}")
         self.scheme, self.block_size, self.dtype, self.compute = scheme, block_size, dtype, compute
-        self.skip_modules = list(skip_modules or ())
+        self.skip_modules, self.fuse = list(skip_modules or ()), fuse
 
     def set_compute(self, backbone: nn.Module) -> None:
         """Say to every quantised matrix how products with it are computed."""
+        head = getattr(output_head(backbone), "quantized", None)
         for quantized in quantized_layers(backbone).values():
-            quantized.compute = "fp8" if self.compute == "fp8" else "16bit"
+            quantized.compute = self.compute if self.compute in _NEEDS and quantized is not head else "16bit"
 
     def check_device(self, device: torch.device, scheme: str) -> None:
         """Raise ConfigError where ``compute`` is not to be had on ``device`` for a backbone stored in ``scheme``."""
-        if self.compute != "fp8":
+        if self.compute not in _NEEDS:
             return
-        if not has_fp8(device):
+        if not (has_fp8(device) if self.compute == "fp8" else has_int8(device)):
             raise ConfigError(
-                f"compute='fp8' needs a CUDA GPU of compute capability 8.9 or newer, but this run is on {device}: "
+                f"compute={self.compute!r} needs {_NEEDS[self.compute]}, but this run is on {device}: "
                 "use compute='auto'"
             )
-        if scheme != "fp8":
-            raise ConfigError(f"compute='fp8' needs backbone.scheme='fp8', not {scheme!r}")
+        if scheme != self.compute:
+            raise ConfigError(f"compute={self.compute!r} needs backbone.scheme={self.compute!r}, not {scheme!r}")
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Quantise ``module.backbone``, whatever of it is not yet; the adapters stay as they are."""

@@ -49,21 +49,21 @@ def agreed(good: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(good, together.bool().unbind(), strict=True))
 
 
-class LateVerdict:
-    """A 0-dim bool on its way from the device: asked a step later it is there, and nothing waits for it."""
+class LateVerdicts:
+    """Bools on their way from the device, by name: asked a step later they are there, and nothing waits for them."""
 
-    def __init__(self, flag: Tensor) -> None:
+    def __init__(self, flags: Mapping[str, Tensor]) -> None:
+        self._names = list(flags)
+        self._flags = torch.stack(list(flags.values()))
         self._event: torch.cuda.Event | None = None
-        if flag.is_cuda:
-            self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._flag.copy_(flag, non_blocking=True)
+        if self._flags.is_cuda:
+            there = torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
+            self._flags = there.copy_(self._flags, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
-        else:
-            self._flag = flag
 
-    def read(self) -> bool:
-        """The flag; waits only for what the device did up to the moment it was made."""
+    def read(self) -> dict[str, bool]:
+        """The flags; waits only for what the device did up to the moment this was made."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._flag)
+        return dict(zip(self._names, self._flags.tolist(), strict=True))

@@ -179,7 +179,7 @@ def tensors(state: Any) -> Iterator[Tensor]:
 def test_eight_bit_adamw_follows_adamw_in_a_quarter_of_the_bytes(name: str, kind: type[Optimizer]) -> None:
     size = 8192  # bitsandbytes keeps the state of parameters below 4,096 elements in 32 bits
     (mine, optimizer), (theirs, full) = stepped(name, size), stepped("adamw", size)
-    assert {type(one) for one in optimizer.optimizers.values()} == {kind}
+    assert all(isinstance(one, kind) for one in optimizer.optimizers.values())
     assert [group["name"] for group in optimizer.param_groups] == ["sql", "legal"]
     for owner in CONFIGS:
         for a, b in zip(mine[owner], theirs[owner], strict=True):
@@ -228,7 +228,7 @@ def test_an_adapter_s_own_optimizer_is_that_class_by_itself(kind: str) -> None:
     configs = {**CONFIGS, "sql": mine}
     owned = parameters(5000)
     optimizer = optimizer_of(owned, "adamw", configs)
-    assert type(optimizer.optimizers["sql"]) is KINDS[kind]
+    assert isinstance(optimizer.optimizers["sql"], KINDS[kind])
     assert type(optimizer.optimizers["legal"]) is torch.optim.AdamW
     twin = parameters(5000)["sql"]
     shared = {"betas": (0.8, 0.9), "eps": 1e-6} if kind == "adamw" else {}

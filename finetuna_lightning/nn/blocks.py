@@ -1,0 +1,81 @@
+"""The parts of a Llama-like decoder layer, as few kernels as they can be. Each class goes in front of the model's own
+(see ``fusing.py``) and computes the same; where ``nn.joint`` cannot (another device, dropout in force, a hooked layer, a
+cache of keys and values), the model's own forward runs.
+
+Nothing is registered, so that names, state dicts and what is trained stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetuna_lightning.nn import joint
+from finetuna_lightning.nn.routing import joint_parts
+from finetuna_lightning.ops.library import has_joint_kernels
+
+
+class FusedNorm(nn.Module):
+    """RMSNorm: ``x / rms(x) * weight``; ``variance_epsilon`` is the model's."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, weight = hidden_states, self.weight
+        if not has_joint_kernels(x.device) or x.dtype not in (torch.bfloat16, torch.float16) or weight.requires_grad:
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        if weight.dtype != x.dtype or x.stride(-1) != 1 or not x.numel():
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        return joint.rms_norm(x, weight, self.variance_epsilon)
+
+
+class FusedSwiGLU(nn.Module):
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))``."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = joint_parts([self.gate_proj, self.up_proj, self.down_proj], x)
+        if parts is None or any(bias is not None for bias in parts[3]) or len({q.compute for q in parts[2]}) > 1:
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        cut, deltas, weights, _ = parts
+        return joint.swiglu(x, weights, deltas, cut)
+
+
+class FusedAttention(nn.Module):
+    """Self-attention with rotary embeddings: q, k and v in one go, the attention function that the model's configuration
+    names, and the output projection. ``attend`` is that function's look-up, put there by ``fusing.fuse_``."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+    scaling: float
+    finetuna_attend: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        parts = None
+        if past_key_values is None and position_embeddings is not None:
+            parts = joint_parts([self.q_proj, self.k_proj, self.v_proj], hidden_states)
+        if parts is None or len({q.compute for q in parts[2]}) > 1:
+            return super().forward(  # type: ignore[misc]
+                hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        assert position_embeddings is not None
+        cut, deltas, weights, biases = parts
+        cos, sin = position_embeddings
+        q, k, v = joint.attention_inputs(hidden_states, cos, sin, self.head_dim, weights, biases, deltas, cut)
+        out, attention = self.finetuna_attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), attention

@@ -1,0 +1,346 @@
+"""One pass over rows: quantise them, transpose codes, read codes out, and the cheap parts of a decoder layer (RMSNorm,
+rotary embedding, SwiGLU), each with its gradient, reading what it needs once. Arithmetic is in float32, rounded once.
+
+Shapes: T tokens, d features of a row, H heads of D features, f intermediate features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _round(x):
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even, for |x| < 2^22
+
+
+@triton.jit
+def _scale(top):
+    """max|x| / 127 of a row; NaN where the row holds one (``top`` is then NaN in its place)."""
+    scale = tl.max(top, 0) / 127.0
+    return tl.where(tl.max((top != top).to(tl.int32), 0) > 0, float("nan"), scale)
+
+
+@triton.jit
+def _codes(x, scale):
+    inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
+    return tl.minimum(tl.maximum(_round(x * inverse), -127.0), 127.0).to(tl.int8)
+
+
+@triton.jit
+def _scaled(x_ptr, column_ptr, at, inside, COLUMN: tl.constexpr):
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if COLUMN:
+        x = x * tl.load(column_ptr + at, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, stride_c, COLUMN: tl.constexpr, ONE_PASS: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    x_ptr += row * stride_x
+    codes_ptr += row * stride_c
+    if ONE_PASS:
+        x = _scaled(x_ptr, column_ptr, at, at < d, COLUMN)
+        scale = _scale(tl.abs(x))
+        tl.store(codes_ptr + at, _codes(x, scale), mask=at < d)
+    else:
+        top = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, d, BLOCK):
+            x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
+            top = tl.maximum(top, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+        scale = _scale(top)
+        for start in range(0, d, BLOCK):
+            x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
+            tl.store(codes_ptr + start + at, _codes(x, scale), mask=start + at < d)
+    tl.store(scale_ptr + row, scale)
+
+
+_ONE_PASS = 16384  # features of a row that one program keeps in registers
+
+
+def quantize(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [T, d], times ``column_scale`` [d] where given, in int8 with one scale a row: (codes [T, d], scale [T]). The
+    scale of a row that holds a NaN or an infinity is not finite, so that the row's products are not either."""
+    tokens, d = x.shape
+    codes = torch.empty(tokens, d, dtype=torch.int8, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(d), _ONE_PASS)
+    launch: Any = _quantize[(tokens,)]
+    launch(x, codes, scale, column_scale, d, x.stride(0), codes.stride(0), COLUMN=column_scale is not None,
+           ONE_PASS=d <= block, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
+    return codes, scale
+
+
+@triton.jit
+def _transpose(x_ptr, y_ptr, rows, columns, stride_x, stride_y, BLOCK: tl.constexpr):
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = (r < rows)[:, None] & (c < columns)[None, :]
+    x = tl.load(x_ptr + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=live, other=0)
+    live = (c < columns)[:, None] & (r < rows)[None, :]
+    tl.store(y_ptr + c.to(tl.int64)[:, None] * stride_y + r[None, :], x.T, mask=live)
+
+
+def transpose(codes: Tensor, out: Tensor) -> Tensor:
+    """Fill ``out`` [columns, rows], contiguous along its last dimension, with ``codes`` [rows, columns] turned."""
+    rows, columns = codes.shape
+    launch: Any = _transpose[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))]
+    launch(codes, out, rows, columns, codes.stride(0), out.stride(0), BLOCK=128, num_warps=8)
+    return out
+
+
+@triton.jit
+def _dequantize(codes_ptr, scale_ptr, out_ptr, columns, stride_c, stride_o, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    codes = tl.load(codes_ptr + row * stride_c + at, mask=inside, other=0).to(tl.float32)
+    out = codes * tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * stride_o + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """Fill ``out`` [rows, columns] with the int8 matrix in its type, rounded once."""
+    rows, columns = codes.shape
+    launch: Any = _dequantize[(rows, triton.cdiv(columns, 4096))]
+    launch(codes, scale, out, columns, codes.stride(0), out.stride(0), BLOCK=min(4096, triton.next_power_of_2(columns)),
+           num_warps=4)  # fmt: skip
+    return out
+
+
+@triton.jit
+def _norm(x_ptr, weight_ptr, y_ptr, rstd_ptr, d, eps, stride_x, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < d
+    x = tl.load(x_ptr + row * stride_x + at, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / d + eps)
+    tl.store(rstd_ptr + row, rstd)
+    y = (x * rstd).to(y_ptr.dtype.element_ty).to(tl.float32)  # rounded where transformers' own RMSNorm rounds
+    y = y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * d + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward(grad_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, out_ptr, d, stride_g, stride_x, stride_r,
+                   RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < d
+    grad = tl.load(grad_ptr + row * stride_g + at, mask=inside, other=0.0).to(tl.float32)
+    grad = grad * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row)
+    hat = tl.load(x_ptr + row * stride_x + at, mask=inside, other=0.0).to(tl.float32) * rstd
+    out = rstd * (grad - hat * (tl.sum(grad * hat, 0) / d))
+    if RESIDUAL:
+        out += tl.load(residual_ptr + row * stride_r + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * d + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _row_warps(block: int) -> int:
+    return max(1, min(16, block // 512))
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x [T, d] (arXiv 1910.07467): (``x / rms(x) * weight`` [T, d], ``1 / rms(x)`` float32 [T])."""
+    tokens, d = x.shape
+    y, rstd = torch.empty(tokens, d, dtype=x.dtype, device=x.device), torch.empty(tokens, device=x.device)
+    block = triton.next_power_of_2(d)
+    launch: Any = _norm[(tokens,)]
+    launch(x, weight, y, rstd, d, eps, x.stride(0), BLOCK=block, num_warps=_row_warps(block))
+    return y, rstd
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The gradient of ``norm`` with respect to x, plus ``residual`` [T, d]."""
+    tokens, d = x.shape
+    out = torch.empty(tokens, d, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(d)
+    launch: Any = _norm_backward[(tokens,)]
+    launch(grad, x, weight, rstd, residual, out, d, grad.stride(0), x.stride(0),
+           0 if residual is None else residual.stride(0), RESIDUAL=residual is not None, BLOCK=block,
+           num_warps=_row_warps(block))  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rotate(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, stride_xh, stride_yt, stride_yh, stride_c,
+            heads, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)  # of all tokens of all rows
+    row = pid // tokens
+    token = pid % tokens
+    h = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    live = (h < heads) & (i < D // 2)
+    x = x_ptr + row * stride_xb + token * stride_xt + h * stride_xh + i
+    low = tl.load(x, mask=live, other=0.0).to(tl.float32)
+    high = tl.load(x + D // 2, mask=live, other=0.0).to(tl.float32)
+    c = pid * stride_c + i
+    inside = i < D // 2
+    cos1 = tl.load(cos_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + c + D // 2, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + c + D // 2, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        first = low * cos1 + high * sin2
+        second = high * cos2 - low * sin1
+    else:
+        first = low * cos1 - high * sin1
+        second = high * cos2 + low * sin2
+    y = y_ptr + pid * stride_yt + h * stride_yh + i
+    tl.store(y, first.to(y_ptr.dtype.element_ty), mask=live)
+    tl.store(y + D // 2, second.to(y_ptr.dtype.element_ty), mask=live)
+
+
+def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864, the two halves of a head as in transformers' Llama), or its gradient.
+
+    Args:
+        x: [B, T, H, D], any strides but the last's, which is 1.
+        out: [B * T, H * D] of contiguous heads, any row stride; may be x itself.
+        cos, sin: [B * T, D] (or one row of tokens for all rows, expanded), rows contiguous.
+    """
+    rows, tokens, heads, size = x.shape
+    launch: Any = _rotate[(rows * tokens,)]
+    launch(x, out, cos, sin, tokens, x.stride(0), x.stride(1), x.stride(2), out.stride(0), size, cos.stride(0), heads,
+           D=size, HALF=triton.next_power_of_2(size // 2), HEADS=triton.next_power_of_2(heads), BACK=backward,
+           num_warps=4)  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gated(gate_ptr, up_ptr, at, inside):
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    return (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
+def _swiglu(gate_ptr, up_ptr, h_ptr, codes_ptr, scale_ptr, f, QUANTIZE: tl.constexpr, ONE_PASS: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    gate_ptr += row * f
+    up_ptr += row * f
+    h_ptr += row * f
+    at = tl.arange(0, BLOCK)
+    if ONE_PASS:
+        h = _gated(gate_ptr, up_ptr, at, at < f)
+        tl.store(h_ptr + at, h, mask=at < f)
+        if QUANTIZE:
+            scale = _scale(tl.abs(h.to(tl.float32)))
+            tl.store(codes_ptr + row * f + at, _codes(h.to(tl.float32), scale), mask=at < f)
+            tl.store(scale_ptr + row, scale)
+    else:
+        top = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, f, BLOCK):
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
+            tl.store(h_ptr + start + at, h, mask=start + at < f)
+            top = tl.maximum(top, tl.abs(h.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
+        if QUANTIZE:
+            scale = _scale(top)
+            for start in range(0, f, BLOCK):
+                h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
+                codes = _codes(h.to(tl.float32), scale)
+                tl.store(codes_ptr + row * f + start + at, codes, mask=start + at < f)
+            tl.store(scale_ptr + row, scale)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202), and with ``quantized`` the same in int8 with a scale a row."""
+    tokens, f = gate.shape
+    h = torch.empty_like(gate)
+    codes = torch.empty(tokens, f, dtype=torch.int8, device=gate.device) if quantized else None
+    scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
+    launch: Any = _swiglu[(tokens,)]
+    block = _gated_block(f)
+    launch(gate, up, h, codes, scale, f, QUANTIZE=quantized, ONE_PASS=f <= block, BLOCK=block,
+           num_warps=_row_warps(block))  # fmt: skip
+    return h, codes, scale
+
+
+def _gated_block(f: int) -> int:
+    block = int(triton.next_power_of_2(f))
+    return block if block <= _ONE_PASS else 4096
+
+
+@triton.jit
+def _gated_backward(grad_ptr, gate_ptr, up_ptr, out_ptr, f, at, inside):
+    """d_gate and d_up, rounded and stored; the gradient is overwritten with ``silu(gate) * up``."""
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    kind = grad.dtype
+    s = tl.sigmoid(gate)
+    silu = gate * s
+    d_up = (grad.to(tl.float32) * silu).to(kind)
+    d_gate = (grad.to(tl.float32) * up * (s + silu * (1.0 - s))).to(kind)
+    tl.store(out_ptr + at, d_gate, mask=inside)
+    tl.store(out_ptr + f + at, d_up, mask=inside)
+    tl.store(grad_ptr + at, (silu * up).to(kind), mask=inside)
+    return d_gate.to(tl.float32), d_up.to(tl.float32)
+
+
+@triton.jit
+def _swiglu_backward(
+    grad_ptr, gate_ptr, up_ptr, out_ptr, codes_ptr, scale_ptr, column_ptr, f, QUANTIZE: tl.constexpr,
+    ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    grad_ptr += row * f
+    gate_ptr += row * f
+    up_ptr += row * f
+    out_ptr += row * 2 * f
+    at = tl.arange(0, BLOCK)
+    if ONE_PASS:
+        inside = at < f
+        d_gate, d_up = _gated_backward(grad_ptr, gate_ptr, up_ptr, out_ptr, f, at, inside)
+        if QUANTIZE:
+            d_gate = d_gate * tl.load(column_ptr + at, mask=inside, other=0.0)
+            d_up = d_up * tl.load(column_ptr + f + at, mask=inside, other=0.0)
+            scale = _scale(tl.maximum(tl.abs(d_gate), tl.abs(d_up), propagate_nan=tl.PropagateNan.ALL))
+            codes_ptr += row * 2 * f
+            tl.store(codes_ptr + at, _codes(d_gate, scale), mask=inside)
+            tl.store(codes_ptr + f + at, _codes(d_up, scale), mask=inside)
+            tl.store(scale_ptr + row, scale)
+    else:
+        top = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, f, BLOCK):
+            inside = start + at < f
+            d_gate, d_up = _gated_backward(grad_ptr, gate_ptr, up_ptr, out_ptr, f, start + at, inside)
+            if QUANTIZE:
+                d_gate = d_gate * tl.load(column_ptr + start + at, mask=inside, other=0.0)
+                d_up = d_up * tl.load(column_ptr + f + start + at, mask=inside, other=0.0)
+                top = tl.maximum(top, tl.abs(d_gate), propagate_nan=tl.PropagateNan.ALL)
+                top = tl.maximum(top, tl.abs(d_up), propagate_nan=tl.PropagateNan.ALL)
+        if QUANTIZE:
+            scale = _scale(top)
+            tl.debug_barrier()  # what other threads of this program wrote above
+            for start in range(0, 2 * f, BLOCK):
+                x = _scaled(out_ptr, column_ptr, start + at, start + at < 2 * f, True)
+                tl.store(codes_ptr + row * 2 * f + start + at, _codes(x, scale), mask=start + at < 2 * f)
+            tl.store(scale_ptr + row, scale)
+
+
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, column_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of ``swiglu``: (d_gate and d_up side by side [T, 2f], and, with ``column_scale`` [2f], the same
+    times it in int8, with one scale a row for both). ``grad`` [T, f] is overwritten with ``silu(gate) * up``."""
+    tokens, f = gate.shape
+    out = torch.empty(tokens, 2 * f, dtype=gate.dtype, device=gate.device)
+    quantized = column_scale is not None
+    codes = torch.empty(tokens, 2 * f, dtype=torch.int8, device=gate.device) if quantized else None
+    scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
+    block = _gated_block(f)
+    launch: Any = _swiglu_backward[(tokens,)]
+    launch(grad, gate, up, out, codes, scale, column_scale, f, QUANTIZE=quantized, ONE_PASS=f <= block, BLOCK=block,
+           num_warps=_row_warps(block))  # fmt: skip
+    return out, codes, scale

@@ -1,0 +1,65 @@
+"""How the rows of a batch are cut for kernels that serve many adapters at once: into tiles and chunks that never hold
+rows of two adapters, and start at an adapter's own first row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 128
+CHUNK_ROWS = 1024  # of one adapter, summed by one program; several chunks are added up afterwards, in order
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The rows of one batch.
+
+    Args:
+        names: the adapters, in the order of their slots.
+        tiles: int32 [3, tiles]: first row, end row and slot of each tile of at most ``TILE_ROWS`` rows.
+        chunks: int32 [3, chunks]: the same of at most ``CHUNK_ROWS`` rows, sorted by slot.
+        first: int32 [slots + 1], the first chunk of each slot; None when each slot has exactly one.
+    """
+
+    names: tuple[str, ...]
+    tiles: Tensor
+    chunks: Tensor
+    first: Tensor | None
+
+
+def tiling(segments: Sequence[tuple[str, int, int]], device: torch.device) -> Tiling:
+    """The tiling of rows of which ``segments`` (name, first row, end row) say whose they are. Those of one shape are
+    made once; making one does not wait for the device."""
+    return _tiling(tuple(segments), device)
+
+
+@lru_cache(maxsize=256)
+def _tiling(segments: tuple[tuple[str, int, int], ...], device: torch.device) -> Tiling:
+    names = tuple(dict.fromkeys(name for name, _, _ in segments))
+    slots = {name: slot for slot, name in enumerate(names)}
+
+    def cut(step: int) -> list[tuple[int, int, int]]:
+        return [
+            (row, min(row + step, stop), slots[name])
+            for name, start, stop in segments
+            for row in range(start, stop, step)
+        ]
+
+    tiles, chunks = cut(TILE_ROWS), sorted(cut(CHUNK_ROWS), key=lambda chunk: chunk[2])
+    counts = [sum(chunk[2] == slot for chunk in chunks) for slot in range(len(names))]
+    first = [sum(counts[:slot]) for slot in range(len(names) + 1)]
+    flat = [value for table in (tiles, chunks) for column in zip(*table, strict=True) for value in column] + first
+    whole = torch.tensor(flat, dtype=torch.int32)
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    own, rest = whole[: 3 * len(tiles)], whole[3 * len(tiles) :]
+    return Tiling(
+        names,
+        own.view(3, -1),
+        rest[: 3 * len(chunks)].view(3, -1),
+        None if all(count == 1 for count in counts) else rest[3 * len(chunks) :],
+    )

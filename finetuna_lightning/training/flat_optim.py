@@ -1,0 +1,295 @@
+"""bitsandbytes' optimizers, one adapter at a time instead of one tensor at a time.
+
+bitsandbytes steps every tensor by itself and waits for the GPU after each: for 8 adapters of 448 tensors that is 3,584
+kernels and as many waits. Here the tensors of an adapter that are stepped alike go through one kernel, bitsandbytes'
+own. Their state lies side by side for good, each tensor's from a multiple of 256 elements on, which is bitsandbytes'
+block, so that no block has elements of two tensors and every weight gets the bits that it gets there. Gradients and
+weights are put side by side for the step only: what was gathered is freed again, so that weights stay where modules,
+checkpoints and exports have them, and the room for it is shared by all adapters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.optim import Optimizer
+
+FLAT = {"adamw8bit": "AdamW8bit", "lion": "Lion", "lion8bit": "Lion8bit"}
+"""The kinds that there are, and the class of bitsandbytes that each is. (Paged state stays with its tensor.)"""
+
+BLOCK = 256
+"""Elements that share one scale: bitsandbytes' own, fixed in its kernels."""
+
+MOMENTS = {"state1", "state2"}
+
+CHUNK = 1 << 24
+"""Elements in one kernel, a multiple of the block. What is gathered at a time takes about 14 bytes an element."""
+
+
+def flat_optimizer(kind: str, params: Iterable[Any], **settings: Any) -> FlatStep:
+    """The optimizer of bitsandbytes of this ``kind`` (a key of ``FLAT``), stepping flat."""
+    made: FlatStep = _class(FLAT[kind])(params, **settings)
+    return made
+
+
+@functools.cache
+def _class(name: str) -> Any:
+    """Named like its base, since their checkpoints are the same."""
+    import bitsandbytes.optim  # slow to import
+
+    return type(name, (FlatStep, getattr(bitsandbytes.optim, name)), {"__module__": __name__})
+
+
+@dataclass
+class Chunk:
+    """What one kernel steps: elements ``start`` to ``stop`` of a shelf.
+
+    Args:
+        parts: of tensors, in turn: the tensor's index in the shelf, the part's first element and the one after its
+            last. Index None is padding.
+        whole: the range of indices, where the parts are whole tensors and nothing else.
+    """
+
+    start: int
+    stop: int
+    parts: list[tuple[int | None, int, int]]
+    whole: slice | None
+
+    def of(self, tensors: Sequence[Any], padding: Tensor) -> list[Tensor]:
+        """Its parts of ``tensors``, one for each parameter of the shelf."""
+        if self.whole is not None:
+            return list(tensors[self.whole])
+        return [
+            padding[: last - first] if index is None else tensors[index].view(-1)[first:last]
+            for index, first, last in self.parts
+        ]
+
+
+@dataclass
+class Shelf:
+    """The state of parameters of one kind (group, device, type, bits), side by side.
+
+    Args:
+        group: its index.
+        parameters: in their order.
+        starts: where the state of each begins and, last, where the shelf ends.
+        moments: [1 or 2, elements], uint8 codes or float32.
+        absmax: [1 or 2, blocks], the scales of 8-bit codes.
+        maps: what the codes of each row stand for.
+    """
+
+    group: int
+    parameters: list[nn.Parameter]
+    starts: list[int]
+    moments: Tensor
+    absmax: Tensor | None
+    maps: list[Tensor]
+    padding: Tensor
+    _cut: dict[tuple[int, int], list[Chunk]] = field(default_factory=dict)
+
+    def chunks(self, first: int, last: int) -> list[Chunk]:
+        """The parameters from ``first`` up to ``last``, in chunks of at most ``CHUNK`` elements."""
+        if (first, last) not in self._cut:
+            self._cut[first, last] = list(self._chunks(first, last))
+        return self._cut[first, last]
+
+    def _chunks(self, first: int, last: int) -> Iterator[Chunk]:
+        for start in range(self.starts[first], self.starts[last], CHUNK):
+            stop = min(start + CHUNK, self.starts[last])
+            parts: list[tuple[int | None, int, int]] = []
+            whole = True
+            for index in range(first, last):
+                begin, size = self.starts[index], self.parameters[index].numel()
+                a, b = max(start, begin), min(stop, begin + size)
+                if a < b:
+                    parts.append((index, a - begin, b - begin))
+                    whole &= b - a == size
+                c, d = max(start, begin + size), min(stop, self.starts[index + 1])
+                if c < d:
+                    parts.append((None, 0, d - c))
+                    whole = False
+            indices = [index for index, _, _ in parts if index is not None]
+            yield Chunk(start, stop, parts, slice(indices[0], indices[-1] + 1) if whole else None)
+
+
+class FlatStep(Optimizer):
+    """The step of a bitsandbytes optimizer that it is mixed into. State and checkpoints are bitsandbytes' own, by
+    parameter; the tensors of the state are parts of larger ones.
+
+    ``found_inf`` and ``coefficient`` are for the next step alone, and nothing waits for either.
+
+    Attributes:
+        found_inf: on the device, 1.0 where the step is to leave weights and state as they are, to the bit, else 0.0;
+            so torch's fused optimizers have it. The step's count moves in any case, and ``take_back`` moves it back.
+        coefficient: on the device, what the gradients are multiplied by.
+    """
+
+    found_inf: Tensor | None = None
+    coefficient: Tensor | None = None
+    _step_supports_amp_scaling = True  # torch's word for an optimizer that heeds found_inf
+    _shelves: Sequence[Shelf] = ()
+    _shelved: frozenset[nn.Parameter] = frozenset()
+    _stepped: Sequence[nn.Parameter] = ()
+
+    # bitsandbytes', which has no types
+    optimizer_name: str
+    init_state: Callable[..., None]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The end of ``load_state_dict`` too: what was loaded lies anywhere."""
+        super().__setstate__(state)
+        self._shelves, self._shelved = (), frozenset()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        skip = None if self.found_inf is None else self.found_inf > 0
+        stepped: list[nn.Parameter] = []
+        for shelf in self._arranged():
+            gradients = [None if p.grad is None else p.grad.contiguous() for p in shelf.parameters]
+            for turned in [p for p in shelf.parameters if not p.is_contiguous()]:
+                turned.data = turned.data.contiguous()  # as bitsandbytes does
+            counts = [
+                None if gradient is None else self.state[p]["step"]
+                for p, gradient in zip(shelf.parameters, gradients, strict=True)
+            ]
+            first = 0
+            for count, run in groupby(counts):
+                last = first + len(list(run))
+                if count is not None:
+                    for chunk in shelf.chunks(first, last):
+                        self._advance(shelf, chunk, gradients, count + 1, skip)
+                    stepped += shelf.parameters[first:last]
+                first = last
+        for parameter in stepped:
+            self.state[parameter]["step"] += 1
+        self._stepped, self.found_inf, self.coefficient = stepped, None, None
+        return loss
+
+    def take_back(self) -> None:
+        """The device did not take the last step: it does not count."""
+        for parameter in self._stepped:
+            self.state[parameter]["step"] -= 1
+        self._stepped = ()
+
+    def _advance(
+        self, shelf: Shelf, chunk: Chunk, gradients: Sequence[Tensor | None], count: int, skip: Tensor | None
+    ) -> None:
+        """The ``count``-th step of the parameters in ``chunk``, undone where ``skip`` says so."""
+        gradient = _gathered(chunk.of(gradients, shelf.padding))
+        if self.coefficient is not None:
+            gradient.mul_(self.coefficient)
+        weights = chunk.of(shelf.parameters, shelf.padding)
+        weight = _gathered(weights)
+        changed = [weight, shelf.moments[:, chunk.start : chunk.stop]]
+        if shelf.absmax is not None:
+            changed.append(shelf.absmax[:, chunk.start // BLOCK : chunk.stop // BLOCK])
+        before = [] if skip is None else [tensor.clone() for tensor in changed]
+        self._update(self.param_groups[shelf.group], gradient, count, shelf.maps, *changed)
+        del gradient
+        if skip is not None:
+            for old, new in zip(before, changed, strict=True):
+                torch.where(skip, old, new, out=new)
+        news = _unflatten_dense_tensors(weight, weights)
+        if chunk.whole is None:
+            own = [number for number, part in enumerate(chunk.parts) if part[0] is not None]
+            weights, news = [weights[number] for number in own], [news[number] for number in own]
+        torch._foreach_copy_(weights, list(news))
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        gradient: Tensor,
+        count: int,
+        maps: Sequence[Tensor],
+        weight: Tensor,
+        moments: Tensor,
+        absmax: Tensor | None = None,
+    ) -> None:
+        """bitsandbytes' kernel, over flat tensors."""
+        from bitsandbytes import functional
+
+        (beta1, beta2), eps, rate, decay = group["betas"], group["eps"], group["lr"], group["weight_decay"]
+        first, second = _two(moments)
+        if absmax is None:
+            functional.optimizer_update_32bit(
+                self.optimizer_name, gradient, weight, first, beta1, eps, count, rate, second, beta2, weight_decay=decay
+            )
+        else:
+            functional.optimizer_update_8bit_blockwise(
+                self.optimizer_name, gradient, weight, first, second, beta1, beta2, 0.0, 0.0, eps, count, rate,
+                *_two(maps), *_two(absmax), weight_decay=decay,
+            )  # fmt: skip
+
+    # ---- the state, side by side ----
+
+    def _arranged(self) -> Sequence[Shelf]:
+        """The shelves, anew where a parameter has its first gradient, a state was loaded or the module moved."""
+        having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moved = any(shelf.moments.device != shelf.parameters[0].device for shelf in self._shelves)
+        if moved or not self._shelved.issuperset(having):
+            kinds = defaultdict(list)
+            for index, group in enumerate(self.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None or parameter in self.state:
+                        kind = self._prepared(parameter, group, index, place)
+                        kinds[index, parameter.device, parameter.dtype, kind].append(parameter)
+            self._shelves = [self._shelve(key[0], members) for key, members in kinds.items()]
+            self._shelved = frozenset(p for shelf in self._shelves for p in shelf.parameters)
+        return self._shelves
+
+    def _prepared(self, parameter: nn.Parameter, group: dict[str, Any], index: int, place: int) -> torch.dtype:
+        """The type of its moments. Of new ones, bitsandbytes says which there are; their room is on the shelf."""
+        state = self.state[parameter]
+        if not state:
+            self.init_state(group, parameter, index, place)
+            for name in MOMENTS & state.keys():
+                state[name] = state[name].new_empty(0)
+        kind: torch.dtype = state["state1"].dtype
+        return kind
+
+    def _shelve(self, group: int, parameters: list[nn.Parameter]) -> Shelf:
+        first, device = self.state[parameters[0]], parameters[0].device
+        names = [name for name in ("state1", "state2") if name in first]
+        eight = first["state1"].dtype == torch.uint8
+        align = BLOCK if eight else 4  # four float32: what a GPU reads at once
+        starts = [0, *accumulate(-(-p.numel() // align) * align for p in parameters)]
+        moments = torch.zeros(len(names), starts[-1], dtype=first["state1"].dtype, device=device)
+        absmax = torch.zeros(len(names), starts[-1] // BLOCK, device=device) if eight else None
+        maps = [first[name.replace("state", "qmap")].to(device) for name in names] if eight else []
+        for parameter, start in zip(parameters, starts, strict=False):
+            state, size = self.state[parameter], parameter.numel()
+            for row, name in enumerate(names):
+                own = moments[row, start : start + size].view(parameter.shape)
+                if state[name].numel():
+                    own.copy_(state[name])
+                state[name] = own
+                if absmax is not None:
+                    scales = absmax[row, start // BLOCK : -(-(start + size) // BLOCK)]
+                    key = name.replace("state", "absmax")
+                    state[key] = scales.copy_(state[key])
+                    state[name.replace("state", "qmap")] = maps[row]
+        padding = torch.zeros(align, dtype=parameters[0].dtype, device=device)
+        return Shelf(group, parameters, starts, moments, absmax, maps, padding)
+
+
+def _gathered(tensors: list[Tensor]) -> Tensor:
+    """Side by side, in memory of its own (of a single one torch gives a view)."""
+    flat: Tensor = _flatten_dense_tensors(tensors)
+    return flat.clone() if len(tensors) == 1 else flat
+
+
+def _two(rows: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor | None]:
+    return rows[0], rows[1] if len(rows) == 2 else None
