@@ -328,7 +328,9 @@ def test_other_tasks_have_their_reason() -> None:
 def test_a_users_own_pass_gives_logits() -> None:
     module, batch = module_of("llama"), batch_of(True)
     module._for_losses(batch, training=True)
-    assert module(batch).logits.shape == (1, sum(map(sum, LENGTHS.values())), VOCAB_SIZE)
+    output = module(batch)
+    assert not isinstance(output, HeadInput)
+    assert output.logits.shape == (1, sum(map(sum, LENGTHS.values())), VOCAB_SIZE)
     assert "forward" not in module.backbone.lm_head.__dict__
 
 
@@ -338,7 +340,18 @@ def test_a_failed_pass_leaves_the_head_as_it_was() -> None:
     with pytest.raises(IndexError):
         module._for_losses(batch, training=True)
     assert "forward" not in module.backbone.lm_head.__dict__
-    assert module(batch_of(False)).logits.shape[-1] == VOCAB_SIZE
+    assert not isinstance(module(batch_of(False)), HeadInput)
+
+
+class Bare(MultiAdapterModule):
+    def forward(self, batch: Any, training: bool = False, bare: bool = False) -> Any:
+        return super().forward(batch, training, bare=True)
+
+
+def test_a_pass_without_adapters_keeps_its_head() -> None:
+    """Which no route leads past: that of a class of the user's, say, that evaluates the backbone."""
+    module = Bare(model_of("llama"), {"sql": AdapterConfig(rank=2, target_modules=["q_proj"])})
+    assert not isinstance(module._for_losses(batch_of(False, ("sql",))), HeadInput)
 
 
 # ---- in a fit -------------------------------------------------------------------------------------------------------
