@@ -111,20 +111,24 @@ class FusedHead:
 
     def __init__(self, backbone: nn.Module, bank: AdapterBank) -> None:
         self._backbone, self._bank = backbone, bank
-        self._tried = False
+        self._tried: nn.Module | None = None
         self._passes_on = False  # whether what the head gives comes out of the model as it is
         self._found: tuple[nn.Module | None, list[str]] = (None, [])
         self._obstacle: str | None = None
 
     def obstacle(self) -> str | None:
-        """Why the loss must be computed from the model's own logits; None where it need not. Tried once."""
+        """Why the loss must be computed from the model's own logits, or None. A head is tried once."""
         head = output_head(self._backbone)
-        if head is not None and (head._forward_hooks or head._forward_pre_hooks):
+        if head is None:
+            return f"{type(self._backbone).__name__} names no output head"
+        if head._forward_hooks or head._forward_pre_hooks:
             return "a hook on the output head waits for logits"
-        if not self._tried:
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            return "its output head is not frozen"
+        if self._tried is not head:
             with self._bank.bare():
-                self._obstacle = self._try()
-            self._tried = True
+                self._obstacle = self._try(head)
+            self._tried = head
         return self._obstacle
 
     def suits(self, names: Sequence[str]) -> bool:
@@ -181,11 +185,9 @@ class FusedHead:
         ]
 
     @torch.no_grad()
-    def _try(self) -> str | None:
+    def _try(self, head: nn.Module) -> str | None:
         """Why the model, bare, does not give the same losses without its head as with it."""
-        head, model = output_head(self._backbone), self._backbone
-        if head is None:
-            return f"{type(model).__name__} names no output head"
+        model = self._backbone
         if not isinstance(head, nn.Linear):
             return f"its output head is a {type(head).__name__}, and only linear layers are fused with the loss"
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -198,7 +200,8 @@ class FusedHead:
                 given = model(input_ids=ids, use_cache=False).logits
             if len(seen) != 1 or seen[0].shape != (*_PROBE, head.in_features):
                 return f"its output head meets {[tuple(hidden.shape) for hidden in seen]} for a batch of {_PROBE}"
-            dtype, noise = seen[0].dtype, _NOISE.get(seen[0].dtype, 0.05)
+            dtype, stored = seen[0].dtype, getattr(head, "quantized", None)
+            noise = _NOISE.get(dtype, 0.05) if stored is None or stored.compute == "16bit" else 0.05
             probe = (torch.randn(seen[0].shape, generator=generator) * _PROBE_SIZE).to(device, dtype)
             with _replaced(head, lambda hidden: probe):
                 after = model(input_ids=ids, use_cache=False).logits

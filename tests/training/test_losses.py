@@ -123,6 +123,13 @@ def test_losses_and_gradients_are_those_of_the_logits(name: str, scheme: str | N
     assert_alike(*both_roads(lambda: module_of(name, scheme, head), batch_of(packed)), tolerance=5e-6)
 
 
+def test_a_head_that_computes_in_8_bits_is_fused_too() -> None:
+    """Its own logits are as far from the truth as 8 bits are; the loss is computed from 8-bit storage, not in it."""
+    module = module_of("llama", "int8")
+    module.adapters.backbone.lm_head.quantized.compute = "int8"
+    assert module.fused_loss_obstacle() is None
+
+
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3", "opt", "gptj", "falcon", "granite", "cohere", "gemma2"])
 def test_every_architecture_whose_logits_come_from_the_head_alone(name: str) -> None:
     """Those with a scale after the head too, and Gemma without its soft cap."""
@@ -239,7 +246,7 @@ def test_a_head_of_another_kind_is_noticed() -> None:
 
 def test_a_head_that_is_not_called_is_noticed() -> None:
     model = model_of("llama")
-    apart = nn.Linear(32, VOCAB_SIZE)
+    apart = nn.Linear(32, VOCAB_SIZE).requires_grad_(False)
     model.get_output_embeddings = lambda: apart
     module = MultiAdapterModule(model, {"sql": AdapterConfig(rank=2, target_modules=["q_proj"])})
     assert "its output head meets []" in obstacle(module, batch_of(False, ("sql",)))
@@ -254,6 +261,18 @@ def test_a_hook_on_the_head_gets_the_logits() -> None:
     assert seen[0].shape[-1] == VOCAB_SIZE
     handle.remove()
     assert module.fused_loss_obstacle() is None
+
+
+def test_a_head_put_in_the_place_of_another_is_tried_again() -> None:
+    module, batch = module_of("llama"), batch_of(False)
+    assert isinstance(module._for_losses(batch, training=True), HeadInput)
+    module.backbone.lm_head = nn.Linear(32, VOCAB_SIZE)
+    assert obstacle(module, batch) == "its output head is not frozen"
+    module.backbone.lm_head.requires_grad_(False)
+    output = module._for_losses(batch)
+    assert isinstance(output, HeadInput) and torch.allclose(output.logits, module(batch).logits, atol=1e-5)
+    module.backbone.lm_head = NoLinear()
+    assert "its output head is a NoLinear" in obstacle(module, batch)
 
 
 def test_where_all_have_heads_of_their_own_nothing_is_fused() -> None:
@@ -309,7 +328,9 @@ def test_other_tasks_have_their_reason() -> None:
 def test_a_users_own_pass_gives_logits() -> None:
     module, batch = module_of("llama"), batch_of(True)
     module._for_losses(batch, training=True)
-    assert module(batch).logits.shape == (1, sum(map(sum, LENGTHS.values())), VOCAB_SIZE)
+    output = module(batch)
+    assert not isinstance(output, HeadInput)
+    assert output.logits.shape == (1, sum(map(sum, LENGTHS.values())), VOCAB_SIZE)
     assert "forward" not in module.backbone.lm_head.__dict__
 
 
@@ -319,7 +340,18 @@ def test_a_failed_pass_leaves_the_head_as_it_was() -> None:
     with pytest.raises(IndexError):
         module._for_losses(batch, training=True)
     assert "forward" not in module.backbone.lm_head.__dict__
-    assert module(batch_of(False)).logits.shape[-1] == VOCAB_SIZE
+    assert not isinstance(module(batch_of(False)), HeadInput)
+
+
+class Bare(MultiAdapterModule):
+    def forward(self, batch: Any, training: bool = False, bare: bool = False) -> Any:
+        return super().forward(batch, training, bare=True)
+
+
+def test_a_pass_without_adapters_keeps_its_head() -> None:
+    """Which no route leads past: that of a class of the user's, say, that evaluates the backbone."""
+    module = Bare(model_of("llama"), {"sql": AdapterConfig(rank=2, target_modules=["q_proj"])})
+    assert not isinstance(module._for_losses(batch_of(False, ("sql",))), HeadInput)
 
 
 # ---- in a fit -------------------------------------------------------------------------------------------------------
