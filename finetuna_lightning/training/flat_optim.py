@@ -186,7 +186,6 @@ class FlatStep(Optimizer):
         """The device did not take the last step: it does not count."""
         for state in self._stepped:
             state["step"] -= 1
-        self._stepped = ()
 
     def _advance(
         self, shelf: Shelf, chunk: Chunk, gradients: Sequence[Tensor | None], count: int, skip: Tensor | None
