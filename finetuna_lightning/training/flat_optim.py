@@ -30,7 +30,7 @@ BLOCK = 256
 
 MOMENTS = {"state1", "state2"}
 
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 """Elements in one kernel, a multiple of the block. What is gathered at a time takes about 14 bytes an element."""
 
 
@@ -80,6 +80,7 @@ class Shelf:
     Args:
         group: its index.
         parameters: in their order.
+        states: bitsandbytes' of each.
         starts: where the state of each begins and, last, where the shelf ends.
         moments: [1 or 2, elements], uint8 codes or float32.
         absmax: [1 or 2, blocks], the scales of 8-bit codes.
@@ -88,6 +89,7 @@ class Shelf:
 
     group: int
     parameters: list[nn.Parameter]
+    states: list[dict[str, Any]]
     starts: list[int]
     moments: Tensor
     absmax: Tensor | None
@@ -135,9 +137,9 @@ class FlatStep(Optimizer):
     found_inf: Tensor | None = None
     coefficient: Tensor | None = None
     _step_supports_amp_scaling = True  # torch's word for an optimizer that heeds found_inf
-    _shelves: Sequence[Shelf] = ()
-    _shelved: frozenset[nn.Parameter] = frozenset()
-    _stepped: Sequence[nn.Parameter] = ()
+    _shelves: Sequence[Shelf] | None = None
+    _without: Sequence[nn.Parameter] = ()  # a state so far
+    _stepped: Sequence[dict[str, Any]] = ()  # the states
 
     # bitsandbytes', which has no types
     optimizer_name: str
@@ -146,7 +148,12 @@ class FlatStep(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The end of ``load_state_dict`` too: what was loaded lies anywhere."""
         super().__setstate__(state)
-        self._shelves, self._shelved = (), frozenset()
+        self._shelves = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer's."""
+        super().add_param_group(param_group)
+        self._shelves = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,33 +163,29 @@ class FlatStep(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         skip = None if self.found_inf is None else self.found_inf > 0
-        stepped: list[nn.Parameter] = []
+        stepped: list[dict[str, Any]] = []
         for shelf in self._arranged():
             gradients = [None if p.grad is None else p.grad.contiguous() for p in shelf.parameters]
             for turned in [p for p in shelf.parameters if not p.is_contiguous()]:
                 turned.data = turned.data.contiguous()  # as bitsandbytes does
-            counts = [
-                None if gradient is None else self.state[p]["step"]
-                for p, gradient in zip(shelf.parameters, gradients, strict=True)
-            ]
+            counts = [None if g is None else state["step"] for g, state in zip(gradients, shelf.states, strict=True)]
             first = 0
             for count, run in groupby(counts):
                 last = first + len(list(run))
                 if count is not None:
                     for chunk in shelf.chunks(first, last):
                         self._advance(shelf, chunk, gradients, count + 1, skip)
-                    stepped += shelf.parameters[first:last]
+                    stepped += shelf.states[first:last]
                 first = last
-        for parameter in stepped:
-            self.state[parameter]["step"] += 1
+        for state in stepped:
+            state["step"] += 1
         self._stepped, self.found_inf, self.coefficient = stepped, None, None
         return loss
 
     def take_back(self) -> None:
         """The device did not take the last step: it does not count."""
-        for parameter in self._stepped:
-            self.state[parameter]["step"] -= 1
-        self._stepped = ()
+        for state in self._stepped:
+            state["step"] -= 1
 
     def _advance(
         self, shelf: Shelf, chunk: Chunk, gradients: Sequence[Tensor | None], count: int, skip: Tensor | None
@@ -237,18 +240,19 @@ class FlatStep(Optimizer):
 
     def _arranged(self) -> Sequence[Shelf]:
         """The shelves, anew where a parameter has its first gradient, a state was loaded or the module moved."""
-        having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        moved = any(shelf.moments.device != shelf.parameters[0].device for shelf in self._shelves)
-        if moved or not self._shelved.issuperset(having):
-            kinds = defaultdict(list)
+        shelves = self._shelves
+        moved = shelves is None or any(shelf.moments.device != shelf.parameters[0].device for shelf in shelves)
+        if shelves is None or moved or any(p.grad is not None for p in self._without):
+            kinds, self._without = defaultdict(list), []
             for index, group in enumerate(self.param_groups):
                 for place, parameter in enumerate(group["params"]):
-                    if parameter.grad is not None or parameter in self.state:
-                        kind = self._prepared(parameter, group, index, place)
-                        kinds[index, parameter.device, parameter.dtype, kind].append(parameter)
-            self._shelves = [self._shelve(key[0], members) for key, members in kinds.items()]
-            self._shelved = frozenset(p for shelf in self._shelves for p in shelf.parameters)
-        return self._shelves
+                    if parameter.grad is None and not self.state.get(parameter):
+                        self._without.append(parameter)
+                        continue
+                    kind = self._prepared(parameter, group, index, place)
+                    kinds[index, parameter.device, parameter.dtype, kind].append(parameter)
+            self._shelves = shelves = [self._shelve(key[0], members) for key, members in kinds.items()]
+        return shelves
 
     def _prepared(self, parameter: nn.Parameter, group: dict[str, Any], index: int, place: int) -> torch.dtype:
         """The type of its moments. Of new ones, bitsandbytes says which there are; their room is on the shelf."""
@@ -261,7 +265,8 @@ class FlatStep(Optimizer):
         return kind
 
     def _shelve(self, group: int, parameters: list[nn.Parameter]) -> Shelf:
-        first, device = self.state[parameters[0]], parameters[0].device
+        states, device = [self.state[p] for p in parameters], parameters[0].device
+        first = states[0]
         names = [name for name in ("state1", "state2") if name in first]
         eight = first["state1"].dtype == torch.uint8
         align = BLOCK if eight else 4  # four float32: what a GPU reads at once
@@ -269,8 +274,8 @@ class FlatStep(Optimizer):
         moments = torch.zeros(len(names), starts[-1], dtype=first["state1"].dtype, device=device)
         absmax = torch.zeros(len(names), starts[-1] // BLOCK, device=device) if eight else None
         maps = [first[name.replace("state", "qmap")].to(device) for name in names] if eight else []
-        for parameter, start in zip(parameters, starts, strict=False):
-            state, size = self.state[parameter], parameter.numel()
+        for parameter, state, start in zip(parameters, states, starts, strict=False):
+            size = parameter.numel()
             for row, name in enumerate(names):
                 own = moments[row, start : start + size].view(parameter.shape)
                 if state[name].numel():
@@ -282,7 +287,7 @@ class FlatStep(Optimizer):
                     state[key] = scales.copy_(state[key])
                     state[name.replace("state", "qmap")] = maps[row]
         padding = torch.zeros(align, dtype=parameters[0].dtype, device=device)
-        return Shelf(group, parameters, starts, moments, absmax, maps, padding)
+        return Shelf(group, parameters, states, starts, moments, absmax, maps, padding)
 
 
 def _gathered(tensors: list[Tensor]) -> Tensor:

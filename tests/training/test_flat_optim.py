@@ -30,7 +30,7 @@ def test_every_bit_is_bitsandbytes(kind: str, dtype: torch.dtype, chunk: int, mo
     (mine, own), (theirs, peer) = pair(kind, "cpu", dtype)
     for step in range(STEPS):
         for parameters, optimizer in ((mine, own), (theirs, peer)):
-            give(parameters, step, absent=(None, 3, 5, 0)[step % 4])
+            give(parameters, step, absent=(5, None, 3, 0)[step % 4])
             optimizer.step()
     assert_same(mine, own, theirs, peer)
     assert {own.state[p]["step"] for p in mine} == {STEPS, 3 * STEPS // 4}
@@ -76,8 +76,23 @@ def test_weights_may_be_replaced_between_steps_and_turned() -> None:
     assert_same(mine, own, theirs, peer)
 
 
-def test_nothing_that_was_gathered_stays() -> None:
-    parameters = weights("cpu")
+def test_a_group_may_come_later() -> None:
+    (mine, own), (theirs, peer) = pair("adamw8bit", "cpu")
+    for step in range(3):
+        for parameters, optimizer in ((mine, own), (theirs, peer)):
+            if step == 1:
+                late = weights("cpu", sizes=[(65, 64), 9])
+                parameters.extend(late)
+                optimizer.add_param_group({"params": late, "lr": 0.3})
+            give(parameters, step)
+            optimizer.step()
+    assert_same(mine, own, theirs, peer)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [(64, 64)]])
+def test_nothing_that_was_gathered_stays(sizes: list[Any]) -> None:
+    """Nor is a gradient or a weight taken for its own copy, where there is only one."""
+    parameters = weights("cpu", sizes=sizes)
     optimizer = flat_optimizer("adamw8bit", parameters, **SETTINGS)
     before = [p.data_ptr() for p in parameters]
     give(parameters, 0)
