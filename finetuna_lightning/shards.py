@@ -26,8 +26,10 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PIECE_BYTES = 1 << 22  # read, and quantised, at a time on a CPU
-PIECE_BYTES_CUDA = 1 << 25  # a tenth of a second of staging in all, and few launches
+PIECE_BYTES = 1 << 21  # read, and quantised, at a time on a CPU
+PIECE_BYTES_CUDA = (
+    1 << 24
+)  # 11 pinned buffers with 8 readers are 176 MiB; each still takes longer to read than to launch
 SPARE_BUFFERS = 3  # beyond one for each reader: being copied, being quantised, being waited for
 DEVICE_BUFFERS = 3
 
@@ -240,13 +242,14 @@ class _Ferry:
             self.buffers.clear()
 
 
-def _spans(entry: Entry, unit: int, piece: int) -> list[tuple[str, int, int]]:
+def spans_of(entry: Entry, unit: int, piece: int) -> list[tuple[str, int, int]]:
     """``entry`` in parts of about ``piece`` bytes, each but the last a multiple of ``unit`` bytes."""
     step = max(1, piece // max(unit, 1)) * max(unit, 1)
     return [(entry.path, entry.offset + start, min(step, entry.size - start)) for start in range(0, entry.size, step)]
 
 
-def _piece(device: torch.device) -> int:
+def piece_bytes(device: torch.device) -> int:
+    """The size of a staging buffer for ``device``."""
     return PIECE_BYTES_CUDA if device.type == "cuda" else PIECE_BYTES
 
 
@@ -265,7 +268,7 @@ class QuantizingStream:
         spans: list[tuple[str, int, int]] = []
         for name, entry in entries.items():
             unit = self._group(entry) * entry.dtype.itemsize
-            own = _spans(entry, unit, _piece(device))
+            own = spans_of(entry, unit, piece_bytes(device))
             self.parts[name] = len(own)
             spans += own
         size = max((size for _, _, size in spans), default=0)
@@ -331,7 +334,7 @@ def read_tensors(entries: dict[str, Entry], device: torch.device) -> dict[str, T
     """
     tensors = {name: torch.empty(e.shape, dtype=e.dtype, device=device) for name, e in entries.items()}
     flat = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items() if tensor.numel()}
-    spans = [(name, span) for name in flat for span in _spans(entries[name], 1, _piece(device))]
+    spans = [(name, span) for name in flat for span in spans_of(entries[name], 1, piece_bytes(device))]
     places = [flat[name][span[1] - entries[name].offset :][: span[2]] for name, span in spans]
     if device.type == "cpu":
         with ThreadPoolExecutor(reader_count()) as pool:
