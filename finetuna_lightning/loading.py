@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import modeling_utils
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -109,9 +110,8 @@ class _Files:
         self.safe_open: Any = getattr(modeling_utils, "safe_open", None)  # transformers' own; None in a later version
 
     def open(self, path: Any, *args: Any, **options: Any) -> _File:
-        opened = self.safe_open(path, *args, **options)
-        self.entries |= read_header(path)
-        return _File(self, opened)
+        self.entries |= read_header(path)  # first: its errors name the file
+        return _File(self, self.safe_open(path, *args, **options))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -293,7 +293,7 @@ def load_huggingface(
             quantization.files.check()
     except FinetunaError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = quantization.fault or str(error).strip().splitlines()[0]
         raise BackboneError(f"backbone {folder!r} cannot be loaded: {reason}") from error
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):

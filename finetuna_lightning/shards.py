@@ -320,8 +320,8 @@ class QuantizingStream:
 
 
 def _give_back_pinned(device: torch.device) -> None:
-    """Return torch's cache of pinned memory to the system; without such a call it stays cached, for other copies."""
-    empty: Any = getattr(torch._C, "_host_emptyCache", None)
+    """Return torch's cache of pinned memory to the system; a torch without that call keeps it, for other copies."""
+    empty: Any = getattr(torch.accelerator, "empty_host_cache", None)
     if device.type == "cuda" and empty is not None:
         empty()
 
