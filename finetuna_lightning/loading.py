@@ -156,9 +156,10 @@ class _Files:
         if name is not None:
             raise ValueError(f"cannot quantise {name!r}: the weight holds NaN or infinity")
         if self.one_by_one:
+            total = self.one_by_one + (len(self.stream.scales) if self.stream is not None else 0)
             _log.info(
                 "%d of %d matrices were read one at a time, not ahead: not in safetensors as they are in the model",
-                self.one_by_one, len(self.order),
+                self.one_by_one, total,
             )  # fmt: skip
 
 
