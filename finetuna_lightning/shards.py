@@ -314,8 +314,10 @@ class QuantizingStream:
         return next((name for name, good in zip(names, finite, strict=True) if not good), None)
 
     def close(self) -> None:
+        """End the reading and wait for what was ordered; codes and scales stay."""
         self.ferry.close()
         self.ahead.close()
+        self.scales.clear()
         _give_back_pinned(self.device)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -224,3 +226,16 @@ def test_a_transformers_that_opens_files_otherwise_still_loads(
         model = load_backbone(folder)
     assert same_as_whole(model, folder) and not streamed
     assert f"{MATRICES} of {MATRICES} matrices were read one at a time" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_the_benchmark_finds_both_forms_equal() -> None:
+    options = ["--layers", "2", "--hidden", "512", "--vocabulary", "4000", "--runs", "1", "--device", "cpu"]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.w8", *options],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "codes that differ from the reference's: 0.0e+00; both forms the same: True" in run.stdout
+    assert "saved: loading / reading" in run.stdout
