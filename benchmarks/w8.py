@@ -194,10 +194,10 @@ def main() -> int:
         times = in_turn(folder, options, device, chosen.runs), in_turn(saved, options, device, chosen.runs)
         rows = rows_of("16-bit", folder, first, times[0]) + rows_of("saved", saved, second, times[1])
     rows.insert(7, ["saving, s", f"{saving:.2f}", ""])
+    staging = (reader_count() + SPARE_BUFFERS) * piece_bytes(device) >> 20
     show(
-        f"W8: {chosen.layers} layers of {chosen.hidden} into {chosen.scheme} on {device}, "
-        f"{reader_count()} readers, {(reader_count() + SPARE_BUFFERS) * piece_bytes(device) >> 20} MiB of staging on the "
-        "host (pinned for CUDA, where no count of anonymous memory shows it), page cache warm",
+        f"W8: {chosen.layers} layers of {chosen.hidden} into {chosen.scheme} on {device}; page cache warm; "
+        f"{reader_count()} readers, {staging} MiB of staging (pinned for CUDA: not anonymous memory)",
         ["what", "median", "runs"],
         rows,
     )

@@ -121,7 +121,9 @@ def _parameters_on_meta() -> Iterator[None]:
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None and parameter.device.type != "meta":
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers draws for nothing
+            module._parameters[name] = parameter
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:

@@ -110,6 +110,14 @@ def test_weights_of_another_type_than_the_config_says(stored: torch.dtype, tmp_p
     assert (name in streamed) == (stored == torch.bfloat16) and len(streamed) >= MATRICES - 1
 
 
+def test_weights_that_transformers_keeps_in_32_bits(tmp_path: Path, streamed: list[str]) -> None:
+    """T5's ``wo`` in float16: cast before it is quantised, so not streamed, and what comes after it still is."""
+    folder = tiny_folder(tmp_path / "m", "t5", dtype=torch.float16)
+    model = load_backbone(folder, task="seq2seq-lm")
+    assert same_as_whole(model, folder, "seq2seq-lm")
+    assert len(streamed) == len(fingerprints(model)) - 4 and not any(".wo." in name for name in streamed)
+
+
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Register conversions of Llama checkpoints with transformers, for one test."""
