@@ -2,9 +2,9 @@
 
 transformers' own loader finds the files and says which tensor becomes which parameter (shards, renamed keys, merged
 experts, ties, heads that are new). Two things of ours stand in it: a quantiser, which it hands each weight, and the
-reading of the files. A matrix that is in the file as it is in the model is not read by transformers at all: it gets a
-tensor without values (``_Unread``), and the quantiser streams the values, read ahead in the order of loading. Whatever
-is renamed, transposed or merged is read as transformers does it, one tensor at a time."""
+reading of the files. For a GPU, a matrix that is in the file as it is in the model is not read by transformers at all:
+it gets a tensor without values (``_Unread``), and the quantiser streams the values, read ahead in the order of loading.
+Whatever is renamed, transposed or merged is read as transformers does it, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ AUTO_CLASSES = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
 }
+STREAMED = ("cuda",)
+"""Devices for which reading ahead pays. A CPU quantises from the mapped file: reading ahead costs it cores and a copy
+(1.2 GiB on two idle cores: 0.8 s mapped, 1.4 s read ahead)."""
 _METHOD = "finetuna_lightning"
 _log = logging.getLogger(__name__)
 
@@ -129,6 +132,8 @@ class _Files:
 
     def streamed(self, key: str) -> Entry | None:
         """The entry of ``key`` if it is streamed. The first call starts the reading: by then the order is known."""
+        if torch.device(self.config.device).type not in STREAMED or not self.order:
+            return None
         if self.stream is None:
             chosen = {}
             for name in self.order:
@@ -155,7 +160,7 @@ class _Files:
         name = self.stream.not_finite() if self.stream is not None else None
         if name is not None:
             raise ValueError(f"cannot quantise {name!r}: the weight holds NaN or infinity")
-        if self.one_by_one:
+        if self.one_by_one and torch.device(self.config.device).type in STREAMED:
             total = self.one_by_one + (len(self.stream.scales) if self.stream is not None else 0)
             _log.info(
                 "%d of %d matrices were read one at a time, not ahead: not in safetensors as they are in the model",

@@ -84,6 +84,11 @@ def load_saved_into(model: nn.Module, path: str | Path, device: str | torch.devi
 def load_saved(
     model: nn.Module, folder: Path, scheme: str, block_size: int, skip: list[str], device: torch.device, task: str
 ) -> list[str]:
+    """Fill the skeleton ``model`` from ``folder``, straight to ``device``; the names of its modules that are new.
+
+    Raises:
+        BackboneError: for another scheme, a skipped module, or a file that lacks or misshapes a tensor.
+    """
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     if manifest["scheme"] != scheme or (scheme == "int8-blockwise" and manifest["block_size"] != block_size):
         have = manifest["scheme"] + (f" with block_size {manifest['block_size']}" if scheme == "int8-blockwise" else "")

@@ -27,9 +27,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 PIECE_BYTES = 1 << 21  # read, and quantised, at a time on a CPU
-PIECE_BYTES_CUDA = (
-    1 << 24
-)  # 11 pinned buffers with 8 readers are 176 MiB; each still takes longer to read than to launch
+PIECE_BYTES_CUDA = 1 << 24  # 11 pinned buffers with 8 readers: 176 MiB; takes longer to read than to launch its work
 SPARE_BUFFERS = 3  # beyond one for each reader: being copied, being quantised, being waited for
 DEVICE_BUFFERS = 3
 
@@ -57,7 +55,7 @@ def read_header(path: str | Path) -> dict[str, Entry]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             total = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(length)) if length <= total else {}
+            header = json.loads(file.read(min(length, total))) if total else {}
         header.pop("__metadata__", None)
         entries = {
             name: Entry(str(path), 8 + length + start, stop - start, DTYPES[spec["dtype"]], tuple(spec["shape"]))
@@ -67,7 +65,7 @@ def read_header(path: str | Path) -> dict[str, Entry]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(f"{path} is no safetensors file: {error}") from error
-    if not header or any(entry.offset + entry.size > total for entry in entries.values()):
+    if 8 + length > total or any(entry.offset + entry.size > total for entry in entries.values()):
         raise BackboneError(f"{path} is cut short: it has {total:,} bytes, fewer than its header says")
     return dict(sorted(entries.items(), key=lambda item: item[1].offset))
 
@@ -97,10 +95,10 @@ def read_into(path: str, offset: int, into: Tensor) -> None:
 
 
 class ReadAhead:
-    """The bytes of ``spans`` (path, offset, size), in that order, read by ``readers`` threads into ``buffers`` buffers
-    of ``size`` bytes each.
+    """The bytes of ``spans`` (path, offset, size), in that order, read by ``readers`` threads into a few buffers of
+    ``size`` bytes each.
 
-    Iterating gives uint8 tensors, each a part of a buffer, which stays taken until it is given to ``release``. A reader
+    ``take`` gives uint8 tensors, each a part of a buffer, which stays taken until it is given to ``release``. A reader
     takes a buffer and the next span in one step, so the span that is waited for always has one.
     """
 
@@ -281,8 +279,8 @@ class QuantizingStream:
         return reference.group_size(entry.shape[1], self.scheme, self.block_size)
 
     def quantize(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """``(codes [out, in], scale)`` of a matrix, as of ``reference.quantize``; finite or not is told by ``check``.
-        None when it was passed over: matrices come in their order, or not at all."""
+        """``(codes [out, in], scale)`` of a matrix, as of ``reference.quantize``; ``not_finite`` tells the rest. None when
+        it was passed over: matrices come in their order, or not at all."""
         if name not in self.left:
             return None
         while (first := self.left.popleft()) != name:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping, modeling_utils
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
-from finetuna_lightning import shards
+from finetuna_lightning import loading, shards
 from finetuna_lightning.backbone import AUTO_CLASSES, fingerprints, load_backbone, quantize_model_
 from finetuna_lightning.errors import BackboneError
 from tests.helpers.models import ARCHITECTURES, LABELS, logits_of, task_of, tiny_folder, tiny_inputs
@@ -32,6 +32,12 @@ def nothing_is_left_behind() -> Any:
     yield
     assert modeling_utils.safe_open is before  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name == "finetuna-reader"]
+
+
+@pytest.fixture(autouse=True)
+def streaming_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, in everything but the copy to it."""
+    monkeypatch.setattr(loading, "STREAMED", ("cpu", "cuda"))
 
 
 @pytest.fixture
@@ -222,6 +228,17 @@ def test_a_matrix_that_is_asked_for_out_of_turn_is_read_from_the_file(
 
     monkeypatch.setattr(shards.QuantizingStream, "__init__", reverse)
     assert same_as_whole(load_backbone(folder), folder)
+
+
+def test_a_cpu_quantises_from_the_mapped_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, streamed: list[str]
+) -> None:
+    monkeypatch.undo()
+    folder = tiny_folder(tmp_path / "m")
+    with caplog.at_level(logging.INFO, "finetuna_lightning.loading"):
+        model = load_backbone(folder)
+    assert same_as_whole(model, folder) and not streamed and "one at a time" not in caplog.text
+    assert loading.STREAMED == ("cuda",)
 
 
 def test_a_transformers_that_opens_files_otherwise_still_loads(

@@ -49,6 +49,11 @@ def test_a_header_says_where_every_tensor_lies(tmp_path: Path) -> None:
     assert [entry.offset for entry in header.values()] == sorted(entry.offset for entry in header.values())
 
 
+def test_a_file_without_tensors(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "f")
+    assert read_header(tmp_path / "f") == {} == read_tensors({}, CPU)
+
+
 def test_a_file_that_is_cut_short_or_is_none(tmp_path: Path) -> None:
     matrices(tmp_path / "f")
     whole = (tmp_path / "f").read_bytes()
