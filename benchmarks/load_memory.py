@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,9 +45,20 @@ def config_of(gib: float) -> transformers.LlamaConfig:
     )  # fmt: skip
 
 
-def write_folder(folder: Path, config: transformers.LlamaConfig, shard: int) -> None:
-    """A folder as ``save_pretrained`` writes it, made tensor by tensor: the model is never whole here either."""
-    generator = torch.Generator().manual_seed(0)
+def uniform(seed: int = 0) -> Callable[[torch.Tensor], object]:
+    """Fills tensors with small random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda tensor: tensor.uniform_(-0.03, 0.03, generator=generator)
+
+
+def write_folder(
+    folder: Path, config: transformers.LlamaConfig, shard: int, fill: Callable[[torch.Tensor], object] | None = None
+) -> None:
+    """A folder as ``save_pretrained`` writes it, made tensor by tensor: the model is never whole here either.
+
+    ``fill`` gives a tensor its values; by default they are uniform.
+    """
+    fill = fill or uniform()
     config.dtype = torch.bfloat16
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -63,7 +75,7 @@ def write_folder(folder: Path, config: transformers.LlamaConfig, shard: int) -> 
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         for tensor in tensors.values():
-            tensor.uniform_(-0.03, 0.03, generator=generator)
+            fill(tensor)
         save_file(tensors, folder / file, {"format": "pt"})
         where |= dict.fromkeys(shapes, file)
     if len(files) > 1:
@@ -101,12 +113,17 @@ def warm_up() -> None:
         load_backbone(folder)
 
 
+def settle() -> int:
+    """Give the system back what is free; the anonymous memory that is left, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status("RssAnon")
+
+
 def measure(folder: Path, scheme: str) -> dict[str, float]:
     """Load ``folder`` and compare the peak with what is allowed; sizes in MiB."""
     warm_up()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before, sampler = status("RssAnon"), Sampler()
+    before, sampler = settle(), Sampler()
     sampler.start()
     start = time.perf_counter()
     model = load_backbone(str(folder), scheme=scheme)

@@ -371,6 +371,28 @@ def test_a_saved_folder_that_is_not_complete(lost: str, tmp_path: Path) -> None:
                 load_backbone(str(tmp_path / "q"), task=task)
 
 
+def test_a_saved_folder_that_is_cut_short_or_of_another_shape(tmp_path: Path) -> None:
+    save_backbone(load_backbone(tiny_folder(tmp_path / "m")), tmp_path / "q")
+    file = tmp_path / "q" / WEIGHTS_NAME
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(tensors | {"model.norm.weight": torch.ones(31)}, file)
+    with pytest.raises(BackboneError, match=r"model\.norm\.weight is \(31,\) in the folder, \(32,\) in the model"):
+        load_backbone(str(tmp_path / "q"))
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(BackboneError, match=f"{WEIGHTS_NAME} is cut short") as error:
+        load_backbone(str(tmp_path / "q"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_saved_file_may_go_once_it_is_read(tmp_path: Path) -> None:
+    model = load_backbone(tiny_folder(tmp_path / "m"), skip=["lm_head"])
+    save_backbone(model, tmp_path / "q")
+    again = load_backbone(str(tmp_path / "q"))
+    with (tmp_path / "q" / WEIGHTS_NAME).open("r+b") as handle:
+        handle.write(b"\0" * (tmp_path / "q" / WEIGHTS_NAME).stat().st_size)
+    assert same(again, model, tiny_inputs("llama"))
+
+
 def test_a_model_of_ones_own_is_filled_from_a_saved_folder(tmp_path: Path) -> None:
     model = quantize_model_(plain_net(), "fp8")
     save_backbone(model, tmp_path / "q")

@@ -39,6 +39,10 @@ HOUSE = """
     2  nn/blocks.py
     3  peft_io.py
     3  adapters.py
+    3  quantizing.py
+    3  shards.py
+    3  saved.py
+    3  loading.py
     3  backbone.py
     3  fusing.py
     3  attention.py
@@ -76,7 +80,7 @@ ORDER = list(FLOORS)
 
 # Who may import a library that is kept to a few rooms.
 LIGHTNING_FLOOR = 5
-TRANSFORMERS_ROOMS = {"attention.py", "backbone.py", "fusing.py", "quickstart/pretrain.py", "training/tokenizing.py"}
+TRANSFORMERS_ROOMS = {"attention.py", "backbone.py", "fusing.py", "loading.py", "quickstart/pretrain.py", "training/tokenizing.py"}
 OPS_LIBRARIES = {"torch", "triton"}
 NOWHERE = {"peft"}
 

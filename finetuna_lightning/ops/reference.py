@@ -20,9 +20,8 @@ from torch import Tensor
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0
-CHUNK_ELEMENTS = (
-    1 << 18
-)  # of a matrix in float32 at a time while quantising: temporaries of 1 MiB, which stay in the cache
+CHUNK_ELEMENTS = 1 << 18  # quantised at a time on a CPU: float32 temporaries of 1 MiB, which stay in the cache
+CHUNK_ELEMENTS_GPU = 1 << 24  # elsewhere: temporaries of 64 MiB, so that launching costs nothing
 FINGERPRINT_BYTES = 1 << 24  # read at a time, a multiple of 8
 
 
@@ -75,10 +74,35 @@ def _quantize_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bucketize(normalised, _tree_midpoints(blocks.device), out_int32=True).to(torch.uint8), scale
 
 
+def group_size(columns: int, scheme: str, block_size: int) -> int:
+    """How many neighbours of the flattened matrix share a scale: a row, or a block."""
+    return block_size if scheme == "int8-blockwise" else columns
+
+
+def _chunk(device: torch.device) -> int:
+    return CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS_GPU
+
+
+def quantize_groups(flat: Tensor, codes: Tensor, scale: Tensor, scheme: str, group: int) -> None:
+    """Quantise a part of a flattened matrix, ``flat`` [n], into ``codes`` [n] and ``scale`` [n / group, rounded up].
+
+    The part starts where a group does; it ends where one does, or where the matrix ends. Nothing is checked: what is
+    not finite gives a scale that is not. So a matrix can be quantised while the rest of it is still being read.
+    """
+    step = max(1, _chunk(flat.device) // max(group, 1)) * max(group, 1)
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step].float()
+        whole = piece if piece.numel() % group == 0 else torch.nn.functional.pad(piece, (0, -piece.numel() % group))
+        groups = whole.view(-1, group)
+        got, got_scale = _quantize_blocks(groups) if scheme == "int8-blockwise" else _quantize_rows(groups, scheme)
+        codes[start : start + piece.numel()] = got.view(-1)[: piece.numel()]
+        scale[start // group : start // group + groups.shape[0]] = got_scale
+
+
 def quantize(weight: Tensor, scheme: str, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Quantise ``weight`` [out, in] of any floating type; ``(codes [out, in], scale)``.
 
-    Works through the matrix in pieces of a MiB, so that no float32 copy of it ever stands.
+    Works through the matrix in pieces, so that no float32 copy of it ever stands.
 
     Raises:
         ValueError: when the matrix holds a NaN or an infinity.
@@ -86,20 +110,14 @@ def quantize(weight: Tensor, scheme: str, block_size: int = 64) -> tuple[Tensor,
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=code_dtype(scheme), device=weight.device)
     scale = torch.empty(scale_shape((rows, columns), scheme, block_size), dtype=torch.float32, device=weight.device)
-    if scheme == "int8-blockwise":
-        step = max(1, CHUNK_ELEMENTS // block_size) * block_size
-        flat, flat_codes = weight.reshape(-1), codes.view(-1)
-        for start in range(0, flat.numel(), step):
-            piece = flat[start : start + step].float()
-            whole = torch.nn.functional.pad(piece, (0, -piece.numel() % block_size)).view(-1, block_size)
-            piece_codes, piece_scale = _quantize_blocks(whole)
-            flat_codes[start : start + piece.numel()] = piece_codes.view(-1)[: piece.numel()]
-            scale[start // block_size : start // block_size + whole.shape[0]] = piece_scale
-    else:
-        step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+    group = group_size(columns, scheme, block_size)
+    if scheme == "int8-blockwise" or weight.is_contiguous():
+        quantize_groups(weight.reshape(-1), codes.view(-1), scale, scheme, group)
+    else:  # a transposed one: rows are gathered a few at a time, not the whole
+        step = max(1, _chunk(weight.device) // max(columns, 1))
         for start in range(0, rows, step):
-            piece = weight[start : start + step].float()
-            codes[start : start + step], scale[start : start + step] = _quantize_rows(piece, scheme)
+            piece = weight[start : start + step].reshape(-1)
+            quantize_groups(piece, codes[start : start + step].view(-1), scale[start : start + step], scheme, group)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("the weight holds NaN or infinity")
     return codes, scale
