@@ -31,11 +31,10 @@ import transformers
 from torch import Tensor
 
 import finetuna_lightning as ft
-from benchmarks.common import random_batches, show
+from benchmarks.common import PROJECTIONS, joint_batches, loader_of, show
 
 ROWS, TOKENS = 2, 128
 NAMES = [f"adapter{index}" for index in range(4)]
-TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 LEARNING_RATE = 1e-3
 QUICKSTART = "tests/data/quickstart_bf16"
 LLAMA_100M = dict(
@@ -54,6 +53,11 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}  # of a loss in company against 
 START_TOLERANCE = 0.01  # of any contestant's first loss against peft's in fp32: 8 bits, not another model
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SKIPPED = 2  # steps of a round before those that count
+
+
+def batches(steps: int, vocabulary: int) -> list[dict[str, Any]]:
+    """A joint batch for each step, of random tokens: no row has pads."""
+    return joint_batches([{name: [TOKENS] * ROWS for name in NAMES}] * steps, vocabulary, packed=False)
 
 
 class Losses(pl.Callback):
@@ -92,10 +96,10 @@ class Joint:
         """Train adapters ``names`` for ``steps``; each meets the same rows in any company."""
         adapters = {name: ft.AdapterConfig(rank=16, alpha=32, lr=LEARNING_RATE) for name in names}
         own = [NAMES.index(name) * ROWS + row for name in names for row in range(ROWS)]
-        batches = [
+        own_batches = [
             {key: value[own] if isinstance(value, Tensor) else value for key, value in batch.items()}
             | {"adapters": names, "rows": [ROWS] * len(names)}
-            for batch in random_batches(NAMES, steps, ROWS, TOKENS, self.original.config.vocab_size)
+            for batch in batches(steps, self.original.config.vocab_size)
         ]
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, max_steps=steps, logger=False, callbacks=[callback],
@@ -103,7 +107,7 @@ class Joint:
             enable_model_summary=False, default_root_dir=tempfile.gettempdir(),
         )  # fmt: skip
         module = ft.MultiAdapterModule(copy.deepcopy(self.original), adapters, ft.OptimConfig("adamw"))
-        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, loader_of(own_batches))
 
     def losses(self, names: list[str]) -> dict[str, list[float]]:
         """By adapter, the losses of two steps."""
@@ -135,7 +139,7 @@ class OneAfterAnother:
         base: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, dtype), device_map={"": "cpu"}, **settings
         )
-        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
         self.model: Any = peft.get_peft_model(base, config, NAMES[0])
         for name in NAMES[1:]:
             self.model.add_adapter(name, config)
@@ -154,7 +158,7 @@ class OneAfterAnother:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer, seconds, losses = torch.optim.AdamW(trained, lr=LEARNING_RATE), [], []
         start = NAMES.index(name) * ROWS
-        for batch in random_batches(NAMES, steps, ROWS, TOKENS, self.vocabulary):
+        for batch in batches(steps, self.vocabulary):
             ids, mask = (batch[key][start : start + ROWS] for key in ("input_ids", "attention_mask"))
             begin = clock()
             loss = self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss

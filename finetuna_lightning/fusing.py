@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetuna_lightning.nn.blocks import FusedAttention, FusedNorm, FusedSwiGLU
 from finetuna_lightning.nn.quantized import QuantizedLinear, QuantizedWeight
+from finetuna_lightning.ops.cpu import has_int8
 from finetuna_lightning.ops.library import has_joint_kernels
 
 _ATTENTIONS = ("sdpa", "eager", "finetuna_sdpa", "finetuna_eager")  # others want more than this one passes on
@@ -63,14 +64,15 @@ _FUSED: dict[tuple[type, type], type] = {}
 def fuse_(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
     """Put fused parts before the model's own, in place, for computing on ``device`` in ``dtype``; how many of each
     class. Does nothing where the kernels do not run. A second call changes nothing."""
-    if not has_joint_kernels(device) or dtype not in (torch.bfloat16, torch.float16):
+    on_cpu = has_int8(device)
+    if not on_cpu and (not has_joint_kernels(device) or dtype not in (torch.bfloat16, torch.float16)):
         return {}
     agreeing: dict[tuple[type, type], bool] = {}
     done: dict[str, int] = {}
     for module in model.modules():
         form = next((form for fits, form in _FORMS if fits(module)), None)
         cls = type(module)
-        if form is None or issubclass(cls, form):
+        if form is None or issubclass(cls, form) or (on_cpu and form is FusedNorm):
             continue
         if (cls, form) not in agreeing:
             agreeing[cls, form] = _agree(module, form, device, dtype)
@@ -95,7 +97,7 @@ def _agree(module: nn.Module, form: type, device: torch.device, dtype: torch.dty
     layer = copy.deepcopy(module).to(device)
     for part in layer.modules():
         if isinstance(part, QuantizedWeight):
-            part.dtype, part.compute = dtype, "16bit"
+            part.dtype, part.compute = dtype, "int8" if device.type == "cpu" else "16bit"
         for parameter in part.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
     generator = torch.Generator().manual_seed(0)

@@ -34,6 +34,7 @@ HOUSE = """
     2  nn/dropout.py
     2  nn/lora.py
     2  nn/packing.py
+    2  nn/joint_cpu.py
     2  nn/joint.py
     2  nn/routing.py
     2  nn/blocks.py

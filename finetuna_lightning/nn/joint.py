@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.autograd.function import once_differentiable
 
+from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedWeight
 from finetuna_lightning.ops import reference
@@ -35,7 +37,9 @@ Deltas = Sequence[Sequence[LoRALinear | None]]
 
 def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
     """Whether the kernels take this product: a Hopper GPU or newer, 16-bit activations, sizes that are multiples of 16,
-    nothing trained but the deltas."""
+    nothing trained but the deltas. On the CPU, ``nn.joint_cpu`` does."""
+    if x.device.type == "cpu":
+        return joint_cpu.takes(x, weights, biases)
     return (
         has_joint_kernels(x.device)
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -423,6 +427,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def linear(x: Tensor, q: QuantizedWeight, bias: Tensor | None, deltas: Sequence[LoRALinear | None], tiling: Tiling) -> Tensor:
     """``x W^T + bias`` plus each row's own delta: x [..., d], result [..., N]."""
+    if x.device.type == "cpu":
+        return joint_cpu.layers(x, [q], [bias], [deltas], tiling.spans)[0]
     flat = _rows(x.reshape(-1, x.shape[-1]))
     out: Tensor = _Linear.apply(flat, q, bias, _Deltas([deltas], tiling, x.device), *_parameters([deltas]))  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1)
@@ -435,6 +441,10 @@ def attention_inputs(
     """q, k and v of x [B, T, d], each [B, heads, T, size], q and k rotated by cos and sin [B or 1, T, size]."""
     batch, tokens, features = x.shape
     cos, sin = (table.expand(batch, -1, -1).reshape(batch * tokens, size) for table in (cos, sin))
+    if x.device.type == "cpu":
+        out = joint_cpu.layers(x, weights, biases, deltas, tiling.spans, (cos, sin, size))
+        q, k, v = (y.view(batch, tokens, -1, size).transpose(1, 2) for y in out)
+        return q, k, v
     inner = _Deltas(deltas, tiling, x.device)
     flat = _rows(x.reshape(-1, features))
     return _Attention.apply(  # type: ignore[no-any-return, no-untyped-call]
@@ -444,6 +454,9 @@ def attention_inputs(
 
 def swiglu(x: Tensor, weights: Sequence[QuantizedWeight], deltas: Deltas, tiling: Tiling) -> Tensor:
     """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down."""
+    if x.device.type == "cpu":
+        gate, up = joint_cpu.layers(x, weights[:2], [None, None], deltas[:2], tiling.spans)
+        return joint_cpu.layers(functional.silu(gate) * up, weights[2:], [None], deltas[2:], tiling.spans)[0]
     first, last = (_Deltas(part, tiling, x.device) for part in (deltas[:2], deltas[2:]))
     flat = _rows(x.reshape(-1, x.shape[-1]))
     out: Tensor = _SwiGLU.apply(flat, weights, first, last, *_parameters(deltas))  # type: ignore[no-untyped-call]

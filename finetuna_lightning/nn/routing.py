@@ -288,7 +288,7 @@ def joint_parts(
     """What ``nn.joint`` needs to compute ``layers``, which share the rows of x [..., features]: whose rows they are, the
     deltas, weights and biases. None where they have to be called one by one: a layer that is not quantised, trained in
     full or hooked, a delta with dropout in force or a bias, or a device without the kernels."""
-    if not has_joint_kernels(x.device):
+    if x.device.type != "cpu" and not has_joint_kernels(x.device):
         return None
     if not all(isinstance(layer, QuantizedLinear) and not _observed(layer) for layer in layers):
         return None

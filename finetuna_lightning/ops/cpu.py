@@ -51,30 +51,36 @@ def quantize_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tens
     return codes, scale
 
 
-def _product(left: Tensor, right: Tensor, scale_left: Tensor, scale_right: Tensor | None, out: Tensor) -> None:
-    """``out = (left right) * scale_left * scale_right``: left int8 [m, k], right int8 [k, n], scales [m, 1] and [n]."""
+def _product(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """``(left right) * scale`` in float32: left int8 [m, k], right int8 [k, n], scale [m, 1]."""
     length = left.shape[1]
     if length <= LONGEST_SUM:
         total = torch._int_mm(left, right).float()
     else:
-        total = torch.zeros(out.shape)
+        total = torch.zeros(left.shape[0], right.shape[1])
         for start in range(0, length, LONGEST_SUM):
             total += torch._int_mm(left[:, start : start + LONGEST_SUM], right[start : start + LONGEST_SUM])
-    total.mul_(scale_left)
-    if scale_right is None:
-        out.copy_(total)
-    else:
-        torch.mul(total, scale_right, out=out) if out.dtype == total.dtype else out.copy_(total.mul_(scale_right))
+    return total.mul_(scale)
 
 
-def _forward(x_codes: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def int8_product(x_codes: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``X W^T`` [rows, out] in ``dtype``, from X's and W's codes and scales."""
     rows, width = x_codes.shape[0], codes.shape[0]
-    y = torch.empty(rows, width, dtype=dtype)
     step = max(256, 4 * PIECE_ELEMENTS // max(rows, 1))
+    if width <= step:
+        return _product(x_codes, codes.t(), x_scale).mul_(scale).to(dtype)
+    y = torch.empty(rows, width, dtype=dtype)
     for start in range(0, width, step):  # pieces of W's rows: each is read, and laid out for the tiles, once
         stop = start + step
-        _product(x_codes, codes[start:stop].t(), x_scale, scale[start:stop], y[:, start:stop])
+        y[:, start:stop] = _product(x_codes, codes[start:stop].t(), x_scale).mul_(scale[start:stop])
     return y
+
+
+def int8_product_backward(grad: Tensor, codes: Tensor, scale: Tensor, onto: Tensor | None = None) -> Tensor:
+    """``dY W`` [rows, in] of grad [rows, out], in its type; added to ``onto``, in place, where that is given."""
+    g_codes, g_scale = quantize_rows(grad, scale)
+    product = _product(g_codes, codes, g_scale)
+    return product.to(grad.dtype) if onto is None else onto.add_(product)
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -86,7 +92,7 @@ class _Int8Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes, scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        y = _forward(x_codes, x_scale, codes, scale, x.dtype).view(*x.shape[:-1], codes.shape[0])
+        y = int8_product(x_codes, x_scale, codes, scale, x.dtype).view(*x.shape[:-1], codes.shape[0])
         return y if bias is None else y.add_(bias.to(y.dtype))
 
     @staticmethod
@@ -96,10 +102,7 @@ class _Int8Linear(torch.autograd.Function):
         flat = grad.reshape(grad.numel() // grad.shape[-1], grad.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            g_codes, g_scale = quantize_rows(flat, scale)
-            grad_x = torch.empty(flat.shape[0], codes.shape[1], dtype=grad.dtype)
-            _product(g_codes, codes, g_scale, None, grad_x)
-            grad_x = grad_x.view(*grad.shape[:-1], codes.shape[1])
+            grad_x = int8_product_backward(flat, codes, scale).view(*grad.shape[:-1], codes.shape[1])
         if ctx.needs_input_grad[5]:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
         return grad_x, None, None, None, None, grad_bias
@@ -116,7 +119,7 @@ class _Last(threading.local):
 _last = _Last()
 
 
-def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     """``quantize_rows`` of x's vectors, once for one and the same tensor."""
     cached = not x.is_inference() and not torch.compiler.is_compiling()
     if cached and _last.quantized is not None and _last.of() is x and _last.version == x._version:
@@ -130,4 +133,4 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + bias``, x [..., in] quantised per token, result [..., out] in x's type; the gradient of x comes from a
     product in int8 too. Differentiable in x and bias."""
-    return _Int8Linear.apply(x, *_quantized(x), codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _Int8Linear.apply(x, *quantized(x), codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]

@@ -22,6 +22,7 @@ class Tiling:
         names: the adapters, in the order of their slots.
         tiles: int32 [3, tiles]: first row, end row and slot of each tile of at most ``TILE_ROWS`` rows.
         chunks: int32 [3, chunks]: the same of at most ``CHUNK_ROWS`` rows, sorted by slot.
+        spans: (first row, end row, slot) of each segment, on the host.
         first: int32 [slots + 1], the first chunk of each slot; None when each slot has exactly one.
     """
 
@@ -29,6 +30,7 @@ class Tiling:
     tiles: Tensor
     chunks: Tensor
     first: Tensor | None
+    spans: tuple[tuple[int, int, int], ...] = ()
 
 
 def tiling(segments: Sequence[tuple[str, int, int]], device: torch.device) -> Tiling:
@@ -62,4 +64,5 @@ def _tiling(segments: tuple[tuple[str, int, int], ...], device: torch.device) ->
         own.view(3, -1),
         rest[: 3 * len(chunks)].view(3, -1),
         None if all(count == 1 for count in counts) else rest[3 * len(chunks) :],
+        tuple((start, stop, slots[name]) for name, start, stop in segments),
     )
