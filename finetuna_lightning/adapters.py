@@ -473,8 +473,7 @@ class AdapterBank(nn.ModuleDict):
         else:
             dropout, bias = own.get("dropout", adapter.dropout), own.get("bias", adapter.bias)
             delta = LoRALinear(*layer_shape(module), own["rank"], own["alpha"], dropout, bias, generator)
-        device = next(iter((*module.buffers(), *module.parameters()))).device
-        return delta if device.type == "cpu" else delta.to(device)
+        return delta.to(next(iter((*module.buffers(), *module.parameters()))).device)
 
     def _private_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         private = copy.deepcopy(module, memo)

@@ -204,7 +204,7 @@ def estimate_table(found: MemoryEstimate, given: dict[str, Any]) -> Table:
     phase, top = found.peak_phase
     adapters = found.adapters
     tokens = sum(own.count * own.tokens for own in given["sequences"].values())
-    what = f"{len(adapters)} adapter{'s' * (len(adapters) > 1)}, {tokens:,} tokens a step, {found.device}"
+    what = f"{_adapters(len(adapters))}, {tokens:,} tokens a step, {found.device}"
     table = Table(title=f"memory estimate: {what}", title_style="bold", title_justify="left", box=SIMPLE_HEAD,
                   pad_edge=False)  # fmt: skip
     for column in ("", "in all", "at the peak"):
@@ -226,6 +226,10 @@ def estimate_table(found: MemoryEstimate, given: dict[str, Any]) -> Table:
     table.add_section()
     row(f"peak ({phase})", found.peak, style="bold")
     return table
+
+
+def _adapters(count: int) -> str:
+    return f"{count} adapter{'' if count == 1 else 's'}"
 
 
 def _changes_table(plain: dict[str, Any], given: dict[str, Any], device: Device, found: MemoryEstimate, count: int
@@ -250,7 +254,7 @@ def _changes_table(plain: dict[str, Any], given: dict[str, Any], device: Device,
         if then.peak < found.peak:  # a source's own settings may stand in the way
             table.add_row(Text(name), human_bytes(then.peak), human_bytes(found.peak - then.peak), Text(verdict))
     if 0 < count < len(found.adapters):
-        table.add_row(Text(f"{count} adapters instead of {len(found.adapters)}"), "", "", Text("fits"))
+        table.add_row(Text(f"{_adapters(count)} instead of {len(found.adapters)}"), "", "", Text("fits"))
     return table
 
 

@@ -20,6 +20,7 @@ from finetuna_lightning.adapters import Adapter, AdapterBank, output_head, resol
 from finetuna_lightning.attention import assume_full_rows, assume_packing
 from finetuna_lightning.backbone import cast_, enable_checkpointing, quantize_model_, skeleton
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig, optimizer_settings
+from finetuna_lightning.errors import BackboneError
 from finetuna_lightning.fused_memory import STACKED, fused_shape, fused_step, runs_fused
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.simulation import SAMPLES, Phase, StepBytes, fake_mode, like_layers, simulate, to_fake_
@@ -169,8 +170,9 @@ class _Run:
         quantize_model_(model, backbone.scheme, backbone.block_size, backbone.skip_modules)
         return cast_(model, self.dtype)
 
-    def bank(self, model: nn.Module, names: Sequence[str], within: Sequence[str] | None = None) -> AdapterBank:
-        """A bank over ``model`` with the adapters ``names``, on the paths that ``model`` has; under ``fake_mode``."""
+    def bank(self, model: nn.Module, names: Sequence[str]) -> AdapterBank:
+        """A bank over ``model`` with the adapters ``names``, on those of their paths that ``model`` has; on the meta
+        device too."""
         bank = AdapterBank(model)
         there = {path for path, _ in model.named_modules()}
         for name in names:
@@ -214,39 +216,44 @@ def _counted(run: _Run) -> tuple[dict[str, AdapterBytes], dict[str, int]]:
     """By adapter, its bytes and the sum of its deltas' ranks. Adapters of one configuration are counted once."""
     counted: dict[str, AdapterBytes] = {}
     ranks: dict[str, int] = {}
-    with fake_mode():
-        for name, config in run.adapters.items():
-            like = next((other for other in counted if run.adapters[other] == config), None)
-            if like is None:
-                bank = run.bank(to_fake_(run.model(), torch.device("cpu")), [name])
-                adapter = next(bank.adapters())
-                counted[name] = _adapter_bytes(adapter, config, run.optim, run.gpu)
-                ranks[name] = sum(delta.rank for delta in adapter.deltas.values() if isinstance(delta, LoRALinear))
-            else:
-                counted[name], ranks[name] = counted[like], ranks[like]
+    for name, config in run.adapters.items():
+        like = next((other for other in counted if run.adapters[other] == config), None)
+        if like is None:
+            adapter = next(run.bank(run.model(), [name]).adapters())
+            counted[name] = _adapter_bytes(adapter, config, run.optim, run.gpu)
+            ranks[name] = sum(delta.rank for delta in adapter.deltas.values() if isinstance(delta, LoRALinear))
+        else:
+            counted[name], ranks[name] = counted[like], ranks[like]
     return counted, ranks
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-def _batch(run: _Run, packed: bool) -> Batch:
-    """A batch of tokens without values, under ``fake_mode``. Rows without pads get no mask: with one, transformers
-    would look at its values."""
+PACKED, FULL, MASKED = "packed", "full", "masked"  # one row; rows without pads, and no mask; rows with a mask
+
+
+def _batch(run: _Run, rows: str) -> Batch:
+    """A batch of tokens without values, under ``fake_mode``."""
     names, own = list(run.sequences), list(run.sequences.values())
-    rows, longest = [each.count for each in own], max(each.tokens for each in own)
     lengths = [each.tokens for each in own for _ in range(each.count)]
-    shape = (1, sum(lengths)) if packed else (sum(rows), longest)
+    shape = (1, sum(lengths)) if rows == PACKED else (len(lengths), max(lengths))
     ids = torch.zeros(shape, dtype=torch.int64)
     labels = torch.zeros(len(lengths) if run.backbone.task == "sequence-classification" else shape, dtype=torch.int64)
-    batch = Batch(input_ids=ids, labels=labels, adapters=names, rows=rows)
-    if packed:
+    batch = Batch(input_ids=ids, labels=labels, adapters=names, rows=[each.count for each in own])
+    if rows == MASKED:
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+    if rows == PACKED:
         batch["lengths"], batch["position_ids"] = lengths, torch.zeros(shape, dtype=torch.int64)
     return batch
 
 
-def _simulated(run: _Run, layers: tuple[str, nn.ModuleList] | None, count: int | None) -> StepBytes:
-    """A step of the model, or of the model with only ``count`` of its like layers."""
+def _simulated(run: _Run, rows: str, layers: tuple[str, nn.ModuleList] | None, count: int | None) -> StepBytes:
+    """A step of the model, or of the model with only ``count`` of its like layers.
+
+    Raises:
+        BackboneError: where the model does not take such ``rows``, or no fake tensors at all.
+    """
     model = run.model()
     path = "" if layers is None else layers[0]
     if count is not None:
@@ -254,15 +261,17 @@ def _simulated(run: _Run, layers: tuple[str, nn.ModuleList] | None, count: int |
         setattr(model.get_submodule(parent), leaf, model.get_submodule(path)[:count])  # type: ignore[index]
     if run.backbone.gradient_checkpointing:
         enable_checkpointing(model)
+    bank = run.bank(model, list(run.adapters))
     with fake_mode():
         to_fake_(model, torch.device("cpu"))
-        bank = run.bank(model, list(run.adapters))
+        to_fake_(bank, torch.device("cpu"))
         module = MultiAdapterModule(
             BackboneConfig(task=run.backbone.task), run.adapters, run.optim, deterministic=False
         )
         module.backbone, module._bank, module._packing_tried = model, bank, True
-        packed = run.packed and assume_packing(model, bank) is None
-        if not packed:
+        if rows == PACKED and (obstacle := assume_packing(model, bank)) is not None:
+            raise BackboneError(obstacle)
+        if rows == FULL:
             assume_full_rows(model, max(own.tokens for own in run.sequences.values()))
         module.train()
         inner: Any = model.config
@@ -270,7 +279,7 @@ def _simulated(run: _Run, layers: tuple[str, nn.ModuleList] | None, count: int |
             inner.pad_token_id = 0
         trained = {name: [p for p in bank[name].parameters() if p.requires_grad] for name in bank}
         return simulate(
-            partial(_loss, module, _batch(run, packed)), trained, _list(model, path),
+            partial(_loss, module, _batch(run, rows)), trained, _list(model, path),
             accumulating=[name for name, config in run.adapters.items() if config.accumulate > 1], gpu=run.gpu,
         )  # fmt: skip
 
@@ -286,11 +295,20 @@ def _loss(module: MultiAdapterModule, batch: Any) -> Tensor:
 
 
 def _step(run: _Run, model: nn.Module) -> StepBytes:
+    """A step with packed rows if these were asked for, else with rows without pads, or where the model insists on one,
+    with a mask."""
     layers = like_layers(model, partial(_same_targets, run))
-    if layers is None:
-        return _simulated(run, None, None)
-    few, more = (_simulated(run, layers, count) for count in SAMPLES)
-    return few.moved(more, (len(layers[1]) - SAMPLES[0]) / (SAMPLES[1] - SAMPLES[0]))
+    refusal: BackboneError | None = None
+    for rows in (PACKED, FULL, MASKED) if run.packed else (FULL, MASKED):
+        try:
+            if layers is None:
+                return _simulated(run, rows, None, None)
+            few, more = (_simulated(run, rows, layers, count) for count in SAMPLES)
+            return few.moved(more, (len(layers[1]) - SAMPLES[0]) / (SAMPLES[1] - SAMPLES[0]))
+        except BackboneError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
 
 
 def _low_rank_width(run: _Run, ranks: Mapping[str, int], tokens: Mapping[str, int]) -> int:

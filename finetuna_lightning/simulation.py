@@ -5,6 +5,7 @@ ledger adds every new storage and takes it off when it is freed. What a kernel a
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +26,7 @@ LAST_BACKWARD, FIRST_BACKWARD = "backward pass of the last layer", "backward pas
 STEP = "optimizer step"
 PHASES = (FORWARD, HEAD, HEAD_BACKWARD, LAST_BACKWARD, FIRST_BACKWARD, STEP)
 SAMPLES = (2, 3)  # layers of the models that stand for one of many like layers
+_REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)  # fake tensors' errors too
 _CUDA_UNIT = 512  # torch's allocator gives out multiples of so many bytes
 
 
@@ -160,24 +157,24 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def to_fake_(model: nn.Module, device: torch.device) -> nn.Module:
-    """Give every parameter and buffer of ``model``, in place and under ``fake_mode``, a fake tensor of its shape and
-    type on ``device``; what is shared stays shared."""
+def to_fake_(module: nn.Module, device: torch.device) -> nn.Module:
+    """Give every parameter and buffer of ``module``, in place and under ``fake_mode``, a fake tensor of its shape and
+    type on ``device``; what is shared stays shared, what is trained is trained. (Copy a module before, not after: the
+    copy of a fake buffer reads memory that is not there.)"""
     done: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        return done.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        if id(tensor) not in done:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            trained = tensor.requires_grad
+            done[id(tensor)] = nn.Parameter(new, trained) if isinstance(tensor, nn.Parameter) else new
+        return done[id(tensor)]
 
-    frozen: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                new = frozen.setdefault(id(parameter), nn.Parameter(fake(parameter), requires_grad=False))
-                module._parameters[name] = new
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)
-    return model
+    for part in module.modules():
+        held: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+        for tensors in held:
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+    return module
 
 
 def like_layers(model: nn.Module, same: Callable[[Sequence[str]], bool]) -> tuple[str, nn.ModuleList] | None:
@@ -261,7 +258,7 @@ def simulate(
         gpu: count as torch's allocator for CUDA does, with its attention kernels.
 
     Raises:
-        BackboneError: when the model's forward pass asks for values and not only for shapes.
+        BackboneError: when the forward pass asks for values and not only for shapes, or fails.
     """
     ledger = Ledger(_CUDA_UNIT if gpu else 1)
     handles = _mark_layers(ledger, layers)
@@ -269,7 +266,7 @@ def simulate(
     for parameter in every:
         handles.append(parameter.register_post_accumulate_grad_hook(_count_gradient(ledger)))
     try:
-        with _gpu_attention(gpu), ledger:
+        with _silent(), _gpu_attention(gpu), ledger:
             for parameter in every:
                 parameter.grad = torch.empty_like(parameter)
             ledger.count([p.grad for p in every if p.grad is not None], "gradients")
@@ -283,10 +280,11 @@ def simulate(
             torch.autograd.backward(total)
             del total
             ledger.enter(STEP)
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+    except _REFUSALS as error:
+        lines = str(error).splitlines() or [""]
         raise BackboneError(
-            f"the forward pass of this model depends on values, not on shapes alone ({str(error).splitlines()[0]}), so "
-            "that its memory cannot be told without running it"
+            "the memory of this model cannot be told without running it: its forward pass refuses tensors that have "
+            f"shapes alone ({type(error).__name__}: {lines[0]})"
         ) from error
     finally:
         for handle in handles:
@@ -299,6 +297,17 @@ def simulate(
         kept = min(ledger.kept, phases[name].working + phases[name].kept)
         phases[name] = Phase(phases[name].gradients, kept, phases[name].total - phases[name].gradients - kept)
     return StepBytes(ledger.kept, phases)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within, torch does not log the traceback of an operator that refuses fake tensors: the error says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _count_gradient(ledger: Ledger) -> Callable[[Tensor], None]:
