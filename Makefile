@@ -86,6 +86,7 @@ wheel: setup  ## build the wheel, install it into a clean environment and run it
 	cd "$$clean/empty"; \
 	"$$clean/venv/bin/finetuna-train" --help >/dev/null; \
 	"$$clean/venv/bin/finetuna-cli" --help >/dev/null; \
+	"$$clean/venv/bin/finetuna-estimate" experiment=quickstart; \
 	"$$clean/venv/bin/finetuna-train" experiment=quickstart trainer.max_steps=1 trainer.val_check_interval=1 \
 	  trainer.limit_val_batches=1 report=false $(ARGS); \
 	echo "The wheel works from a clean environment."

@@ -26,6 +26,7 @@ if typing.TYPE_CHECKING:
         prepare_base_model,
         state_dict,
     )
+    from finetuna_lightning.memory_estimate import MemoryEstimate, Sequences, estimate_memory
     from finetuna_lightning.nn.routing import Route, checkpoint_contexts
     from finetuna_lightning.training.callbacks.checkpoint import AdapterCheckpoint
     from finetuna_lightning.training.callbacks.early_stopping import AdapterEarlyStopping
@@ -57,12 +58,15 @@ _HOMES = {
     "Finetuned": "finetuned",
     "FreezeQuantizedWeights": "training.callbacks.freeze",
     "LinearAdapterConfig": "finetuned",
+    "MemoryEstimate": "memory_estimate",
     "MultiAdapterModule": "training.module",
     "OptimConfig": "configs",
     "Route": "nn.routing",
     "SafeCheckpointIO": "training.checkpoint_io",
+    "Sequences": "memory_estimate",
     "TrainerCheckpoint": "training.callbacks.trainer_state",
     "checkpoint_contexts": "nn.routing",
+    "estimate_memory": "memory_estimate",
     "finetuned_from_bank": "finetuned",
     "get_lora_adaptable_modules": "finetuned",
     "get_model_mem_consumption": "finetuned",
@@ -92,12 +96,15 @@ __all__ = [
     "Finetuned",
     "FreezeQuantizedWeights",
     "LinearAdapterConfig",
+    "MemoryEstimate",
     "MultiAdapterModule",
     "OptimConfig",
     "Route",
     "SafeCheckpointIO",
+    "Sequences",
     "TrainerCheckpoint",
     "checkpoint_contexts",
+    "estimate_memory",
     "finetuned_from_bank",
     "get_lora_adaptable_modules",
     "get_model_mem_consumption",

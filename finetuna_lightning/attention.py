@@ -27,6 +27,7 @@ from finetuna_lightning.nn.packing import (
 )
 
 _PREFIX = "finetuna_"
+_UNMASKED = "finetuna_unmasked_"  # has no function that makes a mask, so transformers makes none
 _IMPLEMENTATIONS = ("sdpa", "eager")
 _PROBE = (5, 1, 7, 5)  # tokens of the sequences that a model is tried with
 _NOISE = {torch.float32: 1e-4, torch.float64: 1e-8}  # how far two shapes of one computation lie apart; else 5%
@@ -83,6 +84,7 @@ def _mask_of(implementation: str) -> Callable[..., Any]:
 for _name in _IMPLEMENTATIONS:
     ALL_ATTENTION_FUNCTIONS.register(_PREFIX + _name, _attention_of(_name))
     ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + _name, _mask_of(_name))
+ALL_ATTENTION_FUNCTIONS.register(_UNMASKED + "sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def enable_packing(model: nn.Module, *copies: nn.Module) -> str | None:
@@ -96,27 +98,53 @@ def enable_packing(model: nn.Module, *copies: nn.Module) -> str | None:
     Returns:
         None, or the reason, to be shown to a user.
     """
-    config: Any = getattr(model, "config", None)
-    name = getattr(config, "_attn_implementation", None)
-    if name is None:
-        return f"{type(model).__name__} is no model of transformers"
-    if name.startswith(_PREFIX):
-        return None
-    if name not in _IMPLEMENTATIONS:
-        return f"its attention is {name!r}; {' and '.join(map(repr, _IMPLEMENTATIONS))} are known to work packed"
-    parts = (part for whole in (model, *copies) for part in whole.modules())
-    configs = {id(part.config): part.config for part in parts if hasattr(part, "config")}
-    changed: list[Any] = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == name]
-    for part in changed:
-        part._attn_implementation_internal = _PREFIX + name
+    obstacle, changed, name = _switch(model, copies)
+    if obstacle or not changed:
+        return obstacle
     obstacle = "it was not tried"
     try:
-        obstacle = _try(model) or ""
+        obstacle = _try(model)
     finally:
         if obstacle:
             for part in changed:
                 part._attn_implementation_internal = name
-    return obstacle or None
+    return obstacle
+
+
+def assume_packing(model: nn.Module, *copies: nn.Module) -> str | None:
+    """As ``enable_packing``, but nothing is tried: for a model without weights, which cannot be."""
+    return _switch(model, copies)[0]
+
+
+def assume_full_rows(model: nn.Module, longest: int) -> None:
+    """Have ``model`` attend as it does to rows of ``longest`` tokens without pads: where it uses ``sdpa``, without a
+    mask. transformers finds out by looking at the mask's values, which a model without storage does not have."""
+    config: Any = model.config
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if getattr(config, "_attn_implementation", None) == "sdpa" and (window is None or longest < window):
+        _switch(model, (), _UNMASKED)
+
+
+def _switch(model: nn.Module, copies: Sequence[nn.Module], prefix: str = _PREFIX) -> tuple[str | None, list[Any], str]:
+    """Put ours before the model's own attention: why not, the configurations that were changed, and what they said."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    if name is None:
+        return f"{type(model).__name__} is no model of transformers", [], ""
+    if name.startswith(_PREFIX):
+        return None, [], name
+    if name not in _IMPLEMENTATIONS:
+        return (
+            f"its attention is {name!r}; {' and '.join(map(repr, _IMPLEMENTATIONS))} are known to work packed",
+            [],
+            "",
+        )
+    parts = (part for whole in (model, *copies) for part in whole.modules())
+    configs = {id(part.config): part.config for part in parts if hasattr(part, "config")}
+    changed: list[Any] = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == name]
+    for part in changed:
+        part._attn_implementation_internal = prefix + name
+    return None, changed, name
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ def _quiet() -> None:
 
 
 _MISTAKES = (FinetunaError, HydraException, OmegaConfBaseException)
-_FAILED: list[Exception] = []
 _WHAT = ("backbone", "adapter", "adapters", "data", "seed")  # the settings that say what is trained on what
 
 
@@ -196,42 +196,50 @@ def _samples(module: Any, prompts: dict[str, str]) -> list[dict[str, str]]:
     ]
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(program: str, error: BaseException) -> str:
     """The message, with what caused it; Hydra wraps our own errors, which say all that there is to say."""
     cause = error.__cause__
     if isinstance(cause, FinetunaError) and not isinstance(error, FinetunaError):
         error, cause = cause, None
     more = f" ({cause})" if cause and str(cause) not in str(error) and not isinstance(error, FinetunaError) else ""
-    return f"finetuna-train: error: {' '.join(f'{error}{more}'.split())}"
+    return f"{program}: error: {' '.join(f'{error}{more}'.split())}"
 
 
-def _task(config: DictConfig) -> float | None:
-    """``train``, with a user's mistake said in one line. In a multirun the other jobs go on."""
-    try:
-        return train(config)
-    except _MISTAKES as error:
-        _FAILED.append(error)
-        print(_one_line(error), file=sys.stderr)
-        return None
+def run_program(program: str, config_name: str, do: Callable[[DictConfig], float | None]) -> None:
+    """``do`` the configuration that the command line composes from ``conf/<config_name>.yaml``.
 
+    A user's mistake is one line and exit code 1 (in a multirun the other jobs go on); HYDRA_FULL_ERROR=1 shows the
+    traceback.
+    """
+    failed: list[Exception] = []
 
-def main() -> None:
-    """Entry point: a mistake is one line and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
-    _FAILED.clear()
+    def task(config: DictConfig) -> float | None:
+        try:
+            return do(config)
+        except _MISTAKES as error:
+            failed.append(error)
+            print(_one_line(program, error), file=sys.stderr)
+            return None
+
     full = os.environ.get("HYDRA_FULL_ERROR", "")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits before the error gets here
-    run = hydra.main(version_base="1.3", config_path="pkg://finetuna_lightning.conf", config_name="train")
+    run = hydra.main(version_base="1.3", config_path="pkg://finetuna_lightning.conf", config_name=config_name)
     try:
-        run(train if full else _task)()
+        run(do if full else task)()
     except _MISTAKES as error:
         if full:
             raise
-        print(_one_line(error), file=sys.stderr)
+        print(_one_line(program, error), file=sys.stderr)
         sys.exit(1)
     finally:
         os.environ["HYDRA_FULL_ERROR"] = full
-    if _FAILED:
+    if failed:
         sys.exit(1)
+
+
+def main() -> None:
+    """Entry point: see ``run_program``."""
+    run_program("finetuna-train", "train", train)
 
 
 if __name__ == "__main__":

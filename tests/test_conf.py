@@ -27,7 +27,7 @@ assert conf.__file__ is not None
 FOLDER = Path(conf.__file__).parent
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
 NEEDED = ["data.path=some.txt", "backbone.name_or_path=quickstart"]
-COMMAND = re.compile(r"# (finetuna-train(?: \S+)*)")
+COMMAND = re.compile(r"# (finetuna-(?:train|estimate)(?: \S+)*)")
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +37,9 @@ def hydra() -> Iterator[None]:
     HydraConfig.instance().cfg = None
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, name: str = "train") -> DictConfig:
     """A run's configuration, as the program gets it."""
-    config = compose("train", [*overrides, f"hydra.runtime.output_dir={Path.cwd()}"], return_hydra_config=True)
+    config = compose(name, [*overrides, f"hydra.runtime.output_dir={Path.cwd()}"], return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     return config
 
@@ -89,10 +89,11 @@ def test_every_file_opens_with_a_command_that_works(file: str) -> None:
     assert head, f"{file} does not open with the command that uses it"
     for command in head:
         program, *words = shlex.split(command)
-        assert program == "finetuna-train"
+        top = Path(file).stem if "/" not in file else "train"
+        assert program == f"finetuna-{top}"
         sweep = words[:1] == ["-m"]
         overrides = [re.sub(r",.*", "", word) if sweep else word for word in words if word not in ("-m", "...")]
-        plain(composed(*overrides))
+        plain(composed(*overrides, name=top))
         group, name = Path(file).parent.as_posix(), Path(file).stem
         if group not in (".", "hydra") and len(head) == 1:
             config = composed(*overrides)

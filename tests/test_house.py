@@ -69,7 +69,11 @@ HOUSE = """
     5  training/report.py
     5  training/callbacks/*.py
     6  build.py
+    6  simulation.py
+    6  fused_memory.py
+    6  memory_estimate.py
     7  train.py
+    7  estimate.py
     7  cli.py
     7  quickstart/pretrain.py
     8  __init__.py

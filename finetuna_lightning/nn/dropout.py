@@ -31,13 +31,13 @@ def _dropped(p: float) -> int:
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
-def places(lengths: Tensor, each: int = 1, numbers: Tensor | None = None) -> Tensor:
+def places(lengths: Tensor, each: int = 1, numbers: Tensor | None = None, total: int | None = None) -> Tensor:
     """The place of every vector of sequences of ``lengths`` [S] tokens, one after another, ``each`` vectors a token:
     int64 [sum * each], the sequence in the upper half, the position within it in the lower one. ``numbers`` [S] are
-    those of the sequences, where they are not 0, 1, ..."""
+    those of the sequences, where they are not 0, 1, ...; ``total``: how many places that will be, where it is known."""
     counts = lengths * each
     starts = counts.cumsum(0) - counts
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), counts)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), counts, output_size=total)
     number = sequence if numbers is None else numbers[sequence]
     return (number << 32) + (torch.arange(len(sequence), device=lengths.device) - starts[sequence])
 
@@ -72,6 +72,6 @@ def drop(x: Tensor, p: float, seed: int, at: Tensor | None = None) -> Tensor:
     if at is None:
         rows = x.shape[0] if x.dim() > 1 else 1
         per_row = x.numel() // (x.shape[-1] * rows)
-        at = places(torch.full((rows,), per_row, device=x.device))
+        at = places(torch.full((rows,), per_row, device=x.device), total=rows * per_row)
     keep = keep_mask(seed, at, x.shape[-1], p).view(x.shape)
     return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))

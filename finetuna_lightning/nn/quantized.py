@@ -40,7 +40,10 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: Tensor, scheme: str, block_size: int = 64) -> QuantizedWeight:
-        """Quantise ``weight`` [rows, columns]. Raises ValueError when it is not finite."""
+        """Quantise ``weight`` [rows, columns]; one without storage gives one without. Raises ValueError when it is not
+        finite."""
+        if weight.device.type == "meta":
+            return cls.empty((weight.shape[0], weight.shape[1]), scheme, block_size, weight.dtype)
         codes, scale = reference.quantize(weight.detach(), scheme, block_size)
         return cls(codes, scale, scheme, block_size, weight.dtype)
 

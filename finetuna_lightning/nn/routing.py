@@ -131,7 +131,8 @@ class Route:
             lengths = [vectors // own.total] * own.total if own.lengths is None else own.lengths
             each = 1 if own.lengths is None else vectors // own.total
             numbers = torch.tensor(self.numbers[name]) if name in self.numbers else None
-            self._places[key] = places(torch.tensor(lengths), each, numbers).to(device, non_blocking=True)
+            at = places(torch.tensor(lengths), each, numbers, sum(lengths) * each)
+            self._places[key] = at.to(device, non_blocking=True)
         return self._places[key]
 
     def _lengths_by_segment(self) -> list[tuple[int, ...]]:

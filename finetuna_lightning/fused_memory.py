@@ -1,0 +1,115 @@
+"""What a step through a GPU's fused layers needs, in closed form.
+
+Triton kernels do not run on tensors without storage, so what they keep and need is counted here by hand. Whoever
+changes what a fused layer saves for its backward pass changes ``FusedShape`` with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetuna_lightning.configs import BackboneConfig
+from finetuna_lightning.simulation import (
+    FIRST_BACKWARD,
+    FORWARD,
+    HEAD,
+    HEAD_BACKWARD,
+    LAST_BACKWARD,
+    STEP,
+    Phase,
+    StepBytes,
+)
+
+STACKED = 256  # the largest sum of the adapters' ranks at which the fused layers stack them
+FUSED_MODELS: frozenset[str] = frozenset()  # transformers' model_type of those that have fused layers
+
+
+def runs_fused(architecture: Any, backbone: BackboneConfig, dtype: torch.dtype, gpu: bool) -> bool:
+    """Whether a run goes through fused layers: Llama-like ones in int8, computed in bfloat16 on a GPU."""
+    return gpu and dtype is torch.bfloat16 and backbone.scheme == "int8" and architecture.model_type in FUSED_MODELS
+
+
+@dataclass(frozen=True)
+class FusedShape:
+    """A Llama-like decoder as its fused layers compute it.
+
+    Args:
+        hidden, intermediate, kv: widths of the hidden state, of gate and up, of the keys (and of the values).
+        heads, layers, vocab: counts.
+        ranks: low-rank products of a token in one layer, in elements: its adapter's rank for each target. With stacked
+            adapters, the ranks of all adapters for each target.
+        chunk: tokens of a piece of the logits.
+    """
+
+    hidden: int
+    intermediate: int
+    kv: int
+    heads: int
+    layers: int
+    vocab: int
+    ranks: int
+    chunk: int = 2048
+
+    @property
+    def kept(self) -> int:
+        """Bytes that a layer keeps for each token: what both norms read and give, q, k and v after the rotary
+        embedding, the attention's output and float32 logarithms, gate and up, all in 16 bits; the low-rank products
+        in float32."""
+        sixteen = 4 * self.hidden + (self.hidden + 2 * self.kv) + self.hidden + 2 * self.intermediate
+        return 2 * sixteen + 4 * self.heads + 4 * self.ranks
+
+    @property
+    def forward(self) -> int:
+        """Bytes that a layer needs for each token in the forward pass and gives back: silu(gate) * up in 16 and in 8
+        bits."""
+        return 3 * self.intermediate
+
+    @property
+    def backward(self) -> int:
+        """Bytes that a layer needs for each token in the backward pass: the gradients of silu(gate) * up, of gate and
+        of up in 16 bits, the last two also in 8 bits, and that of the hidden state."""
+        return (3 * 2 + 2) * self.intermediate + 2 * self.hidden
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of one transposed matrix in 8 bits."""
+        return self.hidden * self.intermediate
+
+
+def fused_step(shape: FusedShape, tokens: int, gradients: int, recompute: bool) -> StepBytes:
+    """A step of ``tokens`` tokens through fused layers and a head fused with the loss.
+
+    Recomputation keeps the input of every layer, and has one whole layer at a time. The head makes its gradient in the
+    forward pass, piece by piece: it keeps the hidden state's, and has the dequantised head, a piece of the logits and
+    its gradient for a while.
+    """
+    hidden, layer = 2 * shape.hidden * tokens, shape.kept * tokens
+    kept = shape.layers * (hidden if recompute else layer) + 2 * hidden  # the final norm's input, the gradient
+    again = layer if recompute else 0
+    forward = shape.forward * tokens + again
+    head = 2 * shape.vocab * shape.hidden + 2 * 2 * min(shape.chunk, tokens) * shape.vocab
+    backward = shape.backward * tokens + shape.scratch + again
+    last = kept - (0 if recompute else layer)
+    return StepBytes(
+        kept,
+        {
+            FORWARD: Phase(gradients, kept, forward),
+            HEAD: Phase(gradients, kept, head),
+            HEAD_BACKWARD: Phase(0, kept, hidden),
+            LAST_BACKWARD: Phase(gradients / shape.layers, last, backward + (0 if recompute else layer)),
+            FIRST_BACKWARD: Phase(gradients, hidden if recompute else layer, backward),
+            STEP: Phase(gradients, 0, 0),
+        },
+    )
+
+
+def fused_shape(architecture: Any, ranks: int) -> FusedShape:
+    """The shape of a Llama-like configuration of transformers."""
+    heads = architecture.num_attention_heads
+    width = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    return FusedShape(
+        architecture.hidden_size, architecture.intermediate_size, width * architecture.num_key_value_heads, heads,
+        architecture.num_hidden_layers, architecture.vocab_size, ranks,
+    )  # fmt: skip
