@@ -1,4 +1,5 @@
-"""Puts the fused parts of ``nn.blocks`` before a transformers model's own: RMSNorm, SwiGLU, attention inputs.
+"""Puts the fused parts of ``nn.blocks`` before a transformers model's own: RMSNorm, SwiGLU, attention inputs, and whole
+decoder layers of these.
 
 Which modules have that form is told by their children's names, as Llama, Mistral, Qwen and their kin have them, and then
 found out by trying: one module of each class computes a few tokens both ways, and what does not agree is left alone."""
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetuna_lightning.nn.blocks import FusedAttention, FusedNorm, FusedSwiGLU
+from finetuna_lightning.nn.blocks import FusedAttention, FusedLayer, FusedNorm, FusedSwiGLU
 from finetuna_lightning.nn.quantized import QuantizedLinear, QuantizedWeight
 from finetuna_lightning.ops.cpu import has_int8
 from finetuna_lightning.ops.library import has_joint_kernels
@@ -55,8 +56,21 @@ def _is_attention(module: nn.Module) -> bool:
     return known and getattr(module.config, "_attn_implementation", None) in _ATTENTIONS  # type: ignore[union-attr]
 
 
+_LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Of parts that are fused already."""
+    if set(module._modules) != set(_LAYER):
+        return False
+    norm, attention, second, mlp = (module._modules[name] for name in _LAYER)
+    fused = isinstance(attention, FusedAttention) and isinstance(mlp, FusedSwiGLU)
+    return fused and isinstance(norm, FusedNorm) and isinstance(second, FusedNorm)
+
+
 _FORMS: tuple[tuple[Callable[[nn.Module], bool], type], ...] = (
     (_is_norm, FusedNorm), (_is_swiglu, FusedSwiGLU), (_is_attention, FusedAttention),
+    (_is_layer, FusedLayer),
 )  # fmt: skip
 _FUSED: dict[tuple[type, type], type] = {}
 
@@ -69,10 +83,10 @@ def fuse_(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         return {}
     agreeing: dict[tuple[type, type], bool] = {}
     done: dict[str, int] = {}
-    for module in model.modules():
+    for module in [*model.modules()][::-1]:  # a layer's parts before the layer
         form = next((form for fits, form in _FORMS if fits(module)), None)
         cls = type(module)
-        if form is None or issubclass(cls, form) or (on_cpu and form is FusedNorm):
+        if form is None or issubclass(cls, form) or (on_cpu and form in (FusedNorm, FusedLayer)):
             continue
         if (cls, form) not in agreeing:
             agreeing[cls, form] = _agree(module, form, device, dtype)
@@ -101,21 +115,26 @@ def _agree(module: nn.Module, form: type, device: torch.device, dtype: torch.dty
         for parameter in part.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
     generator = torch.Generator().manual_seed(0)
-    width = layer.q_proj.in_features if form is FusedAttention else None  # type: ignore[union-attr]
-    width = layer.gate_proj.in_features if form is FusedSwiGLU else width or layer.weight.numel()  # type: ignore[union-attr, operator]
+    attention: Any = getattr(layer, "self_attn", layer)
+    if form in (FusedAttention, FusedLayer):
+        width = attention.q_proj.in_features
+    else:
+        width = layer.gate_proj.in_features if form is FusedSwiGLU else layer.weight.numel()  # type: ignore[union-attr, operator]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    arguments: list[Any] = [random(1, _TOKENS, int(width))]  # type: ignore[call-overload]
-    if form is FusedAttention:
-        arguments += [(random(1, _TOKENS, layer.head_dim), random(1, _TOKENS, layer.head_dim)), None]  # type: ignore[arg-type]
+    x, arguments = random(1, _TOKENS, int(width)), {}
+    if form in (FusedAttention, FusedLayer):
+        arguments = {
+            "position_embeddings": (random(1, _TOKENS, attention.head_dim), random(1, _TOKENS, attention.head_dim)),
+            "attention_mask": None,
+        }
     try:
-        wanted = layer(*arguments)
+        wanted = layer(x, **arguments)
         _put(layer, form)
-        given = layer(*arguments)
+        given = layer(x, **arguments)
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError):
         return False
-    if form is FusedAttention:
-        wanted, given = wanted[0], given[0]
+    wanted, given = (out[0] if isinstance(out, tuple) else out for out in (wanted, given))
     return float((given.float() - wanted.float()).norm()) <= _AGREES * float(wanted.float().norm())

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuna_lightning.nn import joint
-from finetuna_lightning.nn.routing import joint_parts
-from finetuna_lightning.ops.library import has_joint_kernels
+from finetuna_lightning.nn.routing import is_observed, joint_parts
 
 
 class FusedNorm(nn.Module):
@@ -23,12 +22,9 @@ class FusedNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x, weight = hidden_states, self.weight
-        if not has_joint_kernels(x.device) or x.dtype not in (torch.bfloat16, torch.float16) or weight.requires_grad:
-            return super().forward(x)  # type: ignore[misc, no-any-return]
-        if weight.dtype != x.dtype or x.stride(-1) != 1 or not x.numel():
-            return super().forward(x)  # type: ignore[misc, no-any-return]
-        return joint.rms_norm(x, weight, self.variance_epsilon)
+        if not joint.takes_norm(hidden_states, self.weight):
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+        return joint.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class FusedSwiGLU(nn.Module):
@@ -76,6 +72,50 @@ class FusedAttention(nn.Module):
         assert position_embeddings is not None
         cut, deltas, weights, biases = parts
         cos, sin = position_embeddings
-        q, k, v = joint.attention_inputs(hidden_states, cos, sin, self.head_dim, weights, biases, deltas, cut)
+        q, k, v, _ = joint.attention_inputs(hidden_states, cos, sin, self.head_dim, weights, biases, deltas, cut)
         out, attention = self.finetuna_attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), attention
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer, ``h = x + o_proj(attention(norm(x)))``, then ``h + mlp(norm(h))``: what the norms put out is written
+    as the codes that the products read, and the residual stream is added while products and norms are written."""
+
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    mlp: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, attn, mlp = hidden_states, self.self_attn, self.mlp
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        layers = ([attn.q_proj, attn.k_proj, attn.v_proj], [attn.o_proj], [mlp.gate_proj, mlp.up_proj, mlp.down_proj])
+        parts: list[Any] = []
+        if past_key_values is None and position_embeddings is not None and x.dim() == 3:
+            if not any(is_observed(part) for part in (attn, mlp, *norms)):
+                if all(joint.takes_norm(x, norm.weight) for norm in norms):
+                    parts = [joint_parts(group, x) for group in layers]
+        one_compute = parts and all(part and len({q.compute for q in part[2]}) == 1 for part in parts)
+        if not one_compute or any(bias is not None for bias in parts[2][3]):
+            return super().forward(  # type: ignore[misc]
+                x, attention_mask, position_ids, past_key_values, use_cache,
+                position_embeddings=position_embeddings, **kwargs,
+            )  # fmt: skip
+        assert position_embeddings is not None
+        (cut, deltas, weights, biases), (_, (own,), (out,), (bias,)), (_, mlp_deltas, mlp_weights, _) = parts
+        first, second = ((norm.weight, norm.variance_epsilon) for norm in norms)
+        q, k, v, x = joint.attention_inputs(x, *position_embeddings, attn.head_dim, weights, biases, deltas, cut, first)
+        y, _ = attn.finetuna_attend(
+            attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, position_ids=position_ids, **kwargs
+        )
+        x = joint.linear(y.reshape(*x.shape[:-1], -1), out, bias, own, cut, residual=x)
+        return joint.swiglu(x, mlp_weights, mlp_deltas, cut, second)

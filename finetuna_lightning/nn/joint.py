@@ -7,10 +7,11 @@ direction, however many adapters there are, their deltas added while it is writt
 directions; with ``"16bit"`` W is read out into scratch for each product. A, B and their gradients are in float32, their
 products in the activations' type. What a row gets does not depend on any other adapter's rows, to the bit.
 
-Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. What they keep for the backward pass
-is said at each.
+Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their RMSNorm,
+whose output is then never written but as the codes that the products read, and each can end with the addition of the
+residual stream. What they keep for the backward pass is said at each.
 
-Shapes: T rows of the batch, d features, N outputs, f intermediate features."""
+Shapes: T rows of the batch, d features, N outputs, f intermediate features; n adapters, R their padded rank."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.nn.lora import LoRALinear
@@ -67,70 +68,116 @@ def takes_delta(delta: LoRALinear) -> bool:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The deltas of some layers that share their input: addresses [L, n], ranks [L, n], scalings [n, C], and R."""
+class _Layer:
+    """The deltas of one layer: ranks [1, n], scalings [n, R], N outputs, where its B [n, R, N] starts in what is
+    gathered, and whether there is any."""
 
-    a: Tensor
-    b: Tensor
+    ranks: Tensor
+    scales: Tensor
+    width: int
+    at: int
+    live: bool
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The deltas of layers that share their input: ranks [L, n], scalings [n, C], R, d features, and where their A [n, C, d]
+    starts in what is gathered."""
+
     ranks: Tensor
     scales: Tensor
     rank: int
-    own: tuple[tuple[int, ...], ...]  # the ranks, on the host
-
-    def layer(self, index: int) -> _Table:
-        """Of one layer alone."""
-        one = slice(index, index + 1)
-        columns = slice(index * self.rank, (index + 1) * self.rank)
-        return _Table(self.a[one], self.b[one], self.ranks[one], self.scales[:, columns].contiguous(), self.rank, self.own[one])
+    width: int
+    at: int
+    layers: tuple[_Layer, ...]
 
 
-_TABLES: OrderedDict[Any, tuple[_Table, tuple[_Table, ...]]] = OrderedDict()
+@dataclass(frozen=True)
+class _Table:
+    """What to gather (see ``lowrank.jobs``), and where each group finds its own there."""
+
+    jobs: Tensor
+    size: int
+    widest: int
+    groups: tuple[_Group, ...]
+
+
+Entry = tuple[int, int, int, float]
+"""Of one delta: the addresses of A and B, its rank and its scaling."""
+
+_TABLES: OrderedDict[Any, _Table] = OrderedDict()
 _KEPT = 4096
+_NONE: Entry = (0, 0, 0, 0.0)
 
 
-def _tables(deltas: Deltas, device: torch.device) -> tuple[_Table, tuple[_Table, ...]] | None:
-    """The table of ``deltas``, and that of each layer; made once for parameters that stay where they are. None where
-    there is no delta at all."""
-    if all(delta is None for layer in deltas for delta in layer):
-        return None
-    key = (device, tuple(
+def _table(groups: Sequence[Deltas], sides: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> _Table | None:
+    """The table of some groups, made once for parameters that stay where they are; ``sides``: by group, the features
+    and each layer's outputs. None where there is no delta at all."""
+    entries = tuple(
         tuple(
-            (0, 0, 0, 0.0) if d is None else (d.lora_A.data_ptr(), d.lora_B.data_ptr(), d.rank, d.scaling) for d in layer
+            tuple(
+                _NONE if d is None else (d.lora_A.data_ptr(), d.lora_B.data_ptr(), d.rank, d.scaling) for d in layer
+            )
+            for layer in group
         )
-        for layer in deltas
-    ))  # fmt: skip
+        for group in groups
+    )
+    key = (device, entries)
     found = _TABLES.get(key)
     if found is None:
-        found = _make_tables(key[1], device)
-        _TABLES[key] = found
+        if all(entry is _NONE for group in entries for layer in group for entry in layer):
+            return None
+        _TABLES[key] = found = _make_table(entries, sides, device)
         if len(_TABLES) > _KEPT:
             _TABLES.popitem(last=False)
     return found
 
 
-def _make_tables(
-    rows: tuple[tuple[tuple[int, int, int, float], ...], ...], device: torch.device
-) -> tuple[_Table, tuple[_Table, ...]]:
+def _make_table(
+    groups: Sequence[Sequence[Sequence[Entry]]], sides: Sequence[tuple[int, Sequence[int]]], device: torch.device
+) -> _Table:
     from finetuna_lightning.ops.kernels import lowrank
 
-    rank = lowrank.padded_rank(max(entry[2] for layer in rows for entry in layer))
-    columns = lowrank.columns_of(len(rows), rank)
-    scales = torch.zeros(len(rows[0]), columns)
-    for index, layer in enumerate(rows):
-        scales[:, index * rank : (index + 1) * rank] = torch.tensor([entry[3] for entry in layer])[:, None]
-    whole = _Table(
-        torch.tensor([[entry[0] for entry in layer] for layer in rows]).to(device),
-        torch.tensor([[entry[1] for entry in layer] for layer in rows]).to(device),
-        torch.tensor([[entry[2] for entry in layer] for layer in rows], dtype=torch.int32).to(device),
-        scales.to(device),
-        rank,
-        tuple(tuple(entry[2] for entry in layer) for layer in rows),
-    )
-    return whole, tuple(whole.layer(index) for index in range(len(rows)))
+    matrices: list[lowrank.Matrix] = []
+    rows: list[int] = []
+    made: list[_Group] = []
+    size = 0
+
+    def place(matrix: lowrank.Matrix, count: int) -> None:
+        nonlocal size
+        matrices.append(matrix)
+        rows.append(count)
+        size += count * matrix[2]
+
+    for group, (width, outputs) in zip(groups, sides, strict=True):
+        rank = lowrank.padded_rank(max(entry[2] for layer in group for entry in layer))
+        columns = lowrank.columns_of(len(group), rank)
+        start = size
+        for slot in range(len(group[0])):
+            for layer in group:
+                place((layer[slot][0], layer[slot][2], width, True), rank)
+            if columns > len(group) * rank:
+                place((0, 0, width, True), columns - len(group) * rank)
+        scales = torch.zeros(len(group[0]), columns)
+        ranks = torch.tensor([[entry[2] for entry in layer] for layer in group], dtype=torch.int32)
+        layers: list[_Layer] = []
+        for index, (layer, side) in enumerate(zip(group, outputs, strict=True)):
+            at = size
+            for entry in layer:
+                place((entry[1], entry[2], side, False), rank)
+            part = torch.tensor([entry[3] for entry in layer])[:, None].repeat(1, rank)
+            scales[:, index * rank : (index + 1) * rank] = part
+            live = any(entry[2] for entry in layer)
+            layers.append(_Layer(ranks[index : index + 1].to(device), part.to(device), side, at, live))
+        made.append(_Group(ranks.to(device), scales.to(device), rank, width, start, tuple(layers)))
+    return _Table(lowrank.jobs(matrices, rows).to(device), size, max(matrix[2] for matrix in matrices), tuple(made))
 
 
-def _parameters(deltas: Deltas) -> list[Tensor]:
-    return [p for layer in deltas for delta in layer if delta is not None for p in (delta.lora_A, delta.lora_B)]
+def _parameters(groups: Sequence[Deltas]) -> list[Tensor]:
+    return [
+        p for group in groups for layer in group for delta in layer if delta is not None
+        for p in (delta.lora_A, delta.lora_B)
+    ]  # fmt: skip
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -141,13 +188,13 @@ class _Operand:
     """Rows as the products take them: codes with a scale a row, or, ``scale`` being None, 16-bit values."""
 
     values: Tensor
-    scale: Tensor | None
+    scale: Tensor | None = None
 
 
 def _operand(x: Tensor, compute: str, column_scale: Tensor | None = None) -> _Operand:
     from finetuna_lightning.ops.kernels import rows
 
-    return _Operand(*rows.quantize(x, column_scale)) if compute == "int8" else _Operand(x, None)
+    return _Operand(*rows.quantize(x, column_scale)) if compute == "int8" else _Operand(x)
 
 
 def _read_out(q: QuantizedWeight, out: Tensor) -> Tensor:
@@ -159,8 +206,8 @@ def _read_out(q: QuantizedWeight, out: Tensor) -> Tensor:
 
 
 def _forward(
-    x: _Operand, q: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, tiling: Tiling, low: Tensor | None,
-    matrices: Tensor | None,
+    x: _Operand, q: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, tiles: Tensor,
+    delta: tuple[Tensor | None, Tensor | None], residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     from finetuna_lightning.ops.kernels.gemm import gemm
 
@@ -171,14 +218,14 @@ def _forward(
     else:
         weight, column_scale = _read_out(q, torch.empty(outputs, inputs, dtype=dtype, device=out.device)), None
     return gemm(
-        x.values, weight, out, tiling.tiles, row_scale=x.scale, column_scale=column_scale, bias=bias, low=low,
-        matrices=matrices,
+        x.values, weight, out, tiles, row_scale=x.scale, column_scale=column_scale, bias=bias, residual=residual,
+        low=delta[0], matrices=delta[1],
     )  # fmt: skip
 
 
 def _backward(
-    grad: _Operand, weights: Sequence[QuantizedWeight], dtype: torch.dtype, tiling: Tiling, low: Tensor | None,
-    matrices: Tensor | None,
+    grad: _Operand, weights: Sequence[QuantizedWeight], dtype: torch.dtype, tiles: Tensor,
+    delta: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:  # fmt: skip
     """The gradient of the layers' common input: [T, d] from their gradients side by side [T, sum of N]. An int8 ``grad``
     has the weights' row scales within."""
@@ -188,132 +235,154 @@ def _backward(
     inputs, outputs = weights[0].shape[1], sum(q.shape[0] for q in weights)
     device = grad.values.device
     out = torch.empty(grad.values.shape[0], inputs, dtype=dtype, device=device)
+    low, matrices = delta
     start = 0
     if grad.scale is None:
         scratch = torch.empty(outputs, inputs, dtype=dtype, device=device)
         for q in weights:
             _read_out(q, scratch[start : start + q.shape[0]])
             start += q.shape[0]
-        return gemm(grad.values, scratch, out, tiling.tiles, low=low, matrices=matrices, b_is_kn=True)
+        return gemm(grad.values, scratch, out, tiles, low=low, matrices=matrices, b_is_kn=True)
     scratch = torch.empty(inputs, outputs, dtype=torch.int8, device=device)
     for q in weights:
         rows.transpose(q.codes, scratch[:, start : start + q.shape[0]])
         start += q.shape[0]
-    return gemm(grad.values, scratch, out, tiling.tiles, row_scale=grad.scale, low=low, matrices=matrices)
+    return gemm(grad.values, scratch, out, tiles, row_scale=grad.scale, low=low, matrices=matrices)
 
 
 def _scales(weights: Sequence[QuantizedWeight]) -> Tensor:
     return weights[0].scale if len(weights) == 1 else torch.cat([q.scale for q in weights])
 
 
+class _Plan:
+    """The deltas of the layers of one autograd function, by groups that share an input, and whose rows are whose."""
+
+    def __init__(
+        self, groups: Sequence[Deltas], weights: Sequence[Sequence[QuantizedWeight]], tiling: Tiling, device: torch.device
+    ) -> None:
+        sides = [(own[0].shape[1], [q.shape[0] for q in own]) for own in weights]
+        self.groups, self.tiling, self.table = groups, tiling, _table(groups, sides, device)
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a delta at all."""
+        return self.table is not None
+
+    def parameters(self) -> list[Tensor]:
+        """Of all deltas, in the order of the gradients."""
+        return _parameters(self.groups)
+
+    def gathered(self, dtype: torch.dtype) -> list[_Deltas]:
+        """The groups, with their matrices in ``dtype``."""
+        from finetuna_lightning.ops.kernels import lowrank
+
+        table = self.table
+        if table is None:
+            return [_Deltas(None, group, self.tiling, None) for group in self.groups]
+        flat = lowrank.gather(table.jobs, table.size, table.widest, dtype)
+        return [_Deltas(own, group, self.tiling, flat) for own, group in zip(table.groups, self.groups, strict=True)]
+
+
+_NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
 class _Deltas:
-    """The low-rank side of some layers that share their input, through one forward and one backward pass."""
+    """The low-rank side of some layers that share their input, in one pass."""
 
-    def __init__(self, deltas: Deltas, tiling: Tiling, device: torch.device) -> None:
-        found = _tables(deltas, device)
-        self.tiling, self.deltas = tiling, deltas
-        self.whole, self.layers = found if found is not None else (None, ())
+    def __init__(self, group: _Group | None, deltas: Deltas, tiling: Tiling, flat: Tensor | None) -> None:
+        self.group, self.deltas, self.tiling, self.flat = group, deltas, tiling, flat
 
-    def low(self, x: Tensor) -> Tensor | None:
+    def _inner(self) -> Tensor:
+        """The layers' A [n, C, d]."""
+        assert self.group is not None and self.flat is not None
+        shape = (*self.group.scales.shape, self.group.width)
+        return self.flat.as_strided(shape, (shape[1] * shape[2], shape[2], 1), self.group.at)
+
+    def _up(self, layer: _Layer) -> Tensor:
+        """A layer's B [n, R, N]."""
+        assert self.flat is not None
+        shape = (*layer.scales.shape, layer.width)
+        return self.flat.as_strided(shape, (shape[1] * shape[2], shape[2], 1), layer.at)
+
+    def _part(self, low: Tensor, index: int) -> Tensor:
+        assert self.group is not None
+        return low.narrow(1, index * self.group.rank, self.group.rank)
+
+    def low(self, x: _Operand) -> Tensor | None:
         """``s X A^T`` of all layers side by side [T, C]."""
         from finetuna_lightning.ops.kernels import lowrank
 
-        if self.whole is None:
+        if self.group is None:
             return None
-        return lowrank.down(x, self.inner(x), self.whole.scales, self.tiling.tiles)
+        return lowrank.down(x.values, self._inner(), self.group.scales, self.tiling.tiles, row_scale=x.scale)
 
-    def inner(self, like: Tensor) -> Tensor:
-        """The layers' A [n, C, d]."""
-        from finetuna_lightning.ops.kernels import lowrank
-
-        assert self.whole is not None
-        width = next(d.lora_A.shape[1] for layer in self.deltas for d in layer if d is not None)
-        return lowrank.gather(self.whole.a, self.whole.ranks, width, self.whole.rank, like.dtype, by_rank=True)
-
-    def outputs(self, index: int, low: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def outputs(self, index: int, low: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the product of layer ``index`` adds: its part of ``low`` [T, R], and its B [n, R, N]."""
-        if low is None or not any(self.layers[index].own[0]):
-            return None, None
-        return self._part(low, index), self._up(index, dtype)
-
-    def _part(self, low: Tensor, index: int) -> Tensor:
-        assert self.whole is not None
-        return low[:, index * self.whole.rank : (index + 1) * self.whole.rank]
-
-    def _up(self, index: int, dtype: torch.dtype) -> Tensor:
-        from finetuna_lightning.ops.kernels import lowrank
-
-        one = self.layers[index]
-        width = next(d.lora_B.shape[0] for d in self.deltas[index] if d is not None)
-        return lowrank.gather(one.b, one.ranks, width, one.rank, dtype, by_rank=False)
+        if low is None or self.group is None or not self.group.layers[index].live:
+            return _NOTHING
+        return self._part(low, index), self._up(self.group.layers[index])
 
     def backward_low(self, grads: Sequence[Tensor]) -> Tensor | None:
         """``s dY B`` of all layers side by side [T, C], from the gradient of each layer's output [T, N]."""
         from finetuna_lightning.ops.kernels import lowrank
 
-        if self.whole is None:
+        if self.group is None:
             return None
-        columns = self.whole.scales.shape[1]
-        full = columns == len(grads) * self.whole.rank and all(any(one.own[0]) for one in self.layers)
+        columns = self.group.scales.shape[1]
+        full = columns == len(grads) * self.group.rank and all(layer.live for layer in self.group.layers)
         make = torch.empty if full else torch.zeros
         low = make(grads[0].shape[0], columns, dtype=grads[0].dtype, device=grads[0].device)
-        for index, grad in enumerate(grads):
-            if any(self.layers[index].own[0]):
-                up = self._up(index, grad.dtype)
-                lowrank.down(grad, up, self.layers[index].scales, self.tiling.tiles, self._part(low, index))
+        for index, (grad, layer) in enumerate(zip(grads, self.group.layers, strict=True)):
+            if layer.live:
+                lowrank.down(grad, self._up(layer), layer.scales, self.tiling.tiles, self._part(low, index))
         return low
 
-    def gradients(self, x: Tensor | None, grads: Sequence[Tensor], low: Tensor | None, back: Tensor | None) -> list[Any]:
-        """The gradients of ``_parameters(deltas)``, in its order."""
+    def inputs(self, back: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What the product for the input's gradient adds: ``back`` [T, C] and A [n, C, d]."""
+        return _NOTHING if back is None else (back, self._inner())
+
+    def gradients(self, x: _Operand, grads: Sequence[Tensor], low: Tensor | None, back: Tensor | None) -> list[Any]:
+        """Those of the deltas' parameters."""
         from finetuna_lightning.ops.kernels import lowrank
 
-        if self.whole is None or low is None or back is None or x is None:
+        group = self.group
+        if group is None or low is None or back is None:
             return []
-        tiling, whole = self.tiling, self.whole
-        down = lowrank.outer(x, back, tiling.chunks, tiling.first, whole.ranks, whole.rank, by_rank=True)
+        tiling, rank, count = self.tiling, group.rank, len(grads)
+        down = lowrank.outer(
+            x.values, back, tiling.chunks, tiling.first, group.ranks, rank, by_rank=True, row_scale=x.scale
+        )
         found: list[Any] = []
-        for index, grad in enumerate(grads):
-            one = self.layers[index]
-            if not any(one.own[0]):
+        for index, (grad, layer) in enumerate(zip(grads, group.layers, strict=True)):
+            if not layer.live:
                 continue
             part = self._part(low, index)
-            up = lowrank.outer(grad, part, tiling.chunks, tiling.first, one.ranks, one.rank, by_rank=False)
+            up = lowrank.outer(grad, part, tiling.chunks, tiling.first, layer.ranks, rank, by_rank=False)
             for slot, delta in enumerate(self.deltas[index]):
-                if delta is None:
-                    continue
-                a, b = delta.lora_A, delta.lora_B
-                at = (slot * len(grads) + index) * x.shape[1] * whole.rank
-                found.append(down.as_strided(a.shape, a.stride(), at))
-                found.append(up.as_strided(b.shape, b.stride(), slot * grad.shape[1] * whole.rank))
+                if delta is not None:
+                    a, b = delta.rank * group.width, delta.rank * layer.width
+                    at = (slot * count + index) * group.width * rank
+                    found.append(down.as_strided((delta.rank, group.width), (group.width, 1), at))
+                    at = slot * layer.width * rank
+                    found.append(up.as_strided((layer.width, delta.rank), (delta.rank, 1), at))
         return found
 
 
 # ---- the three forms -------------------------------------------------------------------------------------------------
 
+Norm = tuple[Tensor, float]
+"""Weight [d] and epsilon of the RMSNorm before some layers."""
 
-class _Linear(torch.autograd.Function):
-    """Keeps x, and ``low``."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, q: QuantizedWeight, bias: Tensor | None, deltas: _Deltas, *_: Tensor) -> Tensor:
-        low = deltas.low(x)
-        part, matrices = deltas.outputs(0, low, x.dtype)
-        ctx.q, ctx.deltas, ctx.dtype = q, deltas, x.dtype
-        ctx.save_for_backward(None if deltas.whole is None else x, low)
-        return _forward(_operand(x, q.compute), q, bias, x.dtype, deltas.tiling, part, matrices)
+def _normed(x: Tensor, norm: Norm | None, compute: str) -> tuple[_Operand, _Operand, Tensor | None]:
+    """What the products take, what is kept of it for the backward pass, and 1 / rms [T] where there is a norm."""
+    from finetuna_lightning.ops.kernels import rows
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, deltas = ctx.q, ctx.deltas
-        x, low = ctx.saved_tensors
-        grad = _rows(grad)
-        back = deltas.backward_low([grad])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            operand = _operand(grad, q.compute, q.scale)
-            grad_x = _backward(operand, [q], ctx.dtype, deltas.tiling, back, None if back is None else deltas.inner(grad))
-        return (grad_x, None, None, None, *deltas.gradients(x, [grad], low, back))
+    if norm is None:
+        return _operand(x, compute), _Operand(x), None
+    values, scale, rstd = rows.norm(x, *norm, quantized=compute == "int8")
+    operand = _Operand(values, scale)
+    return operand, operand, rstd
 
 
 def _rows(grad: Tensor) -> Tensor:
@@ -322,144 +391,190 @@ def _rows(grad: Tensor) -> Tensor:
     return grad if aligned else grad.contiguous()
 
 
-class _Attention(torch.autograd.Function):
-    """q, k, v with the rotary embedding on q and k. Keeps x and ``low``."""
+class _Linear(torch.autograd.Function):
+    """One layer, plus ``residual`` where given. Keeps x, and ``low``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, int, int], weights: Sequence[QuantizedWeight],
-        biases: Sequence[Tensor | None], deltas: _Deltas, *_: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any, x: Tensor, residual: Tensor | None, q: QuantizedWeight, bias: Tensor | None, plan: _Plan, *_: Tensor
+    ) -> Tensor:
+        (side,) = plan.gathered(x.dtype)
+        low = side.low(_Operand(x))
+        ctx.q, ctx.plan, ctx.dtype = q, plan, x.dtype
+        ctx.save_for_backward(x if plan.any else None, low)
+        return _forward(
+            _operand(x, q.compute), q, bias, x.dtype, plan.tiling.tiles, side.outputs(0, low), residual
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        q, plan = ctx.q, ctx.plan
+        x, low = ctx.saved_tensors
+        given, grad = grad, _rows(grad)
+        (side,) = plan.gathered(ctx.dtype)
+        back = side.backward_low([grad])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            operand = _operand(grad, q.compute, q.scale)
+            grad_x = _backward(operand, [q], ctx.dtype, plan.tiling.tiles, side.inputs(back))
+        grad_residual = given if ctx.needs_input_grad[1] else None
+        return (grad_x, grad_residual, None, None, None, *side.gradients(_Operand(x), [grad], low, back))
+
+
+class _Attention(torch.autograd.Function):
+    """q, k, v with the rotary embedding on q and k, of x or of its RMSNorm; x itself comes back as the fourth, so that
+    the residual stream's gradient meets the norm's in one pass. Keeps x, the norm's output as the products read it, and
+    ``low``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm: Norm | None, cos: Tensor, sin: Tensor, shape: tuple[int, int, int],
+        weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None], plan: _Plan, *_: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         from finetuna_lightning.ops.kernels import rows
 
         batch, tokens, size = shape
-        low = deltas.low(x)
-        operand = _operand(x, weights[0].compute)
-        out = []
+        (side,) = plan.gathered(x.dtype)
+        operand, kept, rstd = _normed(x, norm, weights[0].compute)
+        low = side.low(kept)
+        tiles, flat = plan.tiling.tiles, []
         for index, (q, bias) in enumerate(zip(weights, biases, strict=True)):
-            part, matrices = deltas.outputs(index, low, x.dtype)
-            y = _forward(operand, q, bias, x.dtype, deltas.tiling, part, matrices)
-            heads = y.view(batch, tokens, -1, size)
-            if index < 2:
-                rows.rotate(heads, y, cos, sin)
-            out.append(heads.transpose(1, 2))
-        ctx.weights, ctx.deltas, ctx.shape = weights, deltas, shape
-        ctx.save_for_backward(x, low, cos, sin)
-        return out[0], out[1], out[2]
+            flat.append(_forward(operand, q, bias, x.dtype, tiles, side.outputs(index, low)))
+        heads = [y.view(batch, tokens, -1, size) for y in flat]
+        rows.rotate(heads[:2], flat[:2], cos, sin)
+        ctx.weights, ctx.plan, ctx.norm, ctx.scaled = weights, plan, norm, kept.scale is not None
+        ctx.save_for_backward(x, *(() if rstd is None else (rstd, kept.values, kept.scale)), low, cos, sin)
+        q, k, v = (y.transpose(1, 2) for y in heads)
+        return q, k, v, x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         from finetuna_lightning.ops.kernels import rows
 
-        x, low, cos, sin = ctx.saved_tensors
-        weights, deltas = ctx.weights, ctx.deltas
+        x, *saved, low, cos, sin = ctx.saved_tensors
+        weights, plan = ctx.weights, ctx.plan
         outputs = [q.shape[0] for q in weights]
         whole = torch.empty(x.shape[0], sum(outputs), dtype=x.dtype, device=x.device)
         parts = list(whole.split(outputs, 1))
-        for index, (grad, part) in enumerate(zip(grads, parts, strict=True)):
-            heads = grad.transpose(1, 2)
-            if index < 2:
-                heads = heads if heads.stride(-1) == 1 else heads.contiguous()
-                rows.rotate(heads, part, cos, sin, backward=True)
-            else:
-                part.view(heads.shape).copy_(heads)
-        back = deltas.backward_low(parts)
-        grad_x = None
+        heads = [grad.transpose(1, 2) for grad in grads[:3]]
+        rows.rotate([h if h.stride(-1) == 1 else h.contiguous() for h in heads], parts, cos, sin, backward=True)
+        (side,) = plan.gathered(x.dtype)
+        back = side.backward_low(parts)
+        grad_x = grads[3]
         if ctx.needs_input_grad[0]:
             operand = _operand(whole, weights[0].compute, _scales(weights))
-            grad_x = _backward(operand, weights, x.dtype, deltas.tiling, back, None if back is None else deltas.inner(x))
-        return (grad_x, *[None] * 6, *deltas.gradients(x, parts, low, back))
+            inner = _backward(operand, weights, x.dtype, plan.tiling.tiles, side.inputs(back))
+            del operand
+            if ctx.norm is None:
+                grad_x = grad_x + inner
+            else:
+                grad_x = rows.norm_backward(inner, x, ctx.norm[0], saved[0], _rows(grad_x))
+        kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
+        return (grad_x, *[None] * 7, *side.gradients(kept, parts, low, back))
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps x, the gate's and up's outputs, and both ``low``; ``silu(gate) * up`` is computed again."""
+    """``down(silu(gate) * up)`` of x; or of its RMSNorm, and x itself is added then. Keeps x, the norm's output as the
+    products read it, the gate's and up's outputs, and both ``low``; ``silu(gate) * up`` is computed again."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Sequence[QuantizedWeight], first: _Deltas, last: _Deltas, *_: Tensor
+        ctx: Any, x: Tensor, norm: Norm | None, weights: Sequence[QuantizedWeight], plan: _Plan, *_: Tensor
     ) -> Tensor:
         from finetuna_lightning.ops.kernels import rows
 
-        compute, dtype = weights[0].compute, x.dtype
-        low = first.low(x)
-        operand = _operand(x, compute)
+        compute, dtype, tiles = weights[0].compute, x.dtype, plan.tiling.tiles
+        first, last = plan.gathered(dtype)
+        operand, kept, rstd = _normed(x, norm, compute)
+        low = first.low(kept)
         gate, up = (
-            _forward(operand, q, None, dtype, first.tiling, *first.outputs(index, low, dtype))
-            for index, q in enumerate(weights[:2])
+            _forward(operand, q, None, dtype, tiles, first.outputs(index, low)) for index, q in enumerate(weights[:2])
         )
         del operand
-        h, codes, scale = rows.swiglu(gate, up, quantized=compute == "int8")
+        h = _Operand(*rows.swiglu(gate, up, quantized=compute == "int8"))
         low_h = last.low(h)
-        operand = _Operand(h, None) if codes is None else _Operand(codes, scale)
-        ctx.weights, ctx.first, ctx.last = weights, first, last
-        ctx.save_for_backward(None if first.whole is None else x, gate, up, low, low_h)
-        return _forward(operand, weights[2], None, dtype, last.tiling, *last.outputs(0, low_h, dtype))
+        ctx.weights, ctx.plan, ctx.norm = weights, plan, norm
+        ctx.save_for_backward(x, *(() if rstd is None else (rstd, kept.values, kept.scale)), gate, up, low, low_h)
+        return _forward(h, weights[2], None, dtype, tiles, last.outputs(0, low_h), None if norm is None else x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         from finetuna_lightning.ops.kernels import rows
 
-        x, gate, up, low, low_h = ctx.saved_tensors
-        weights, first, last = ctx.weights, ctx.first, ctx.last
-        compute, dtype = weights[0].compute, gate.dtype
+        x, *saved, gate, up, low, low_h = ctx.saved_tensors
+        weights, plan = ctx.weights, ctx.plan
+        compute, dtype, tiles = weights[0].compute, gate.dtype, plan.tiling.tiles
         grad = _rows(grad)
+        first, last = plan.gathered(dtype)
         back_h = last.backward_low([grad])
-        h = _backward(
-            _operand(grad, compute, weights[2].scale), weights[2:], dtype, last.tiling, back_h,
-            None if back_h is None else last.inner(grad),
-        )  # fmt: skip
-        int8 = compute == "int8"
-        both, codes, scale = rows.swiglu_backward(h, gate, up, _scales(weights[:2]) if int8 else None)  # h is now the
-        outer_grads = last.gradients(h, [grad], low_h, back_h)  # ... product that went into down
+        h = _backward(_operand(grad, compute, weights[2].scale), weights[2:], dtype, tiles, last.inputs(back_h))
+        column_scale = _scales(weights[:2]) if compute == "int8" else None
+        both, codes, scale = rows.swiglu_backward(h, gate, up, column_scale)
+        outer_grads = last.gradients(_Operand(h), [grad], low_h, back_h)  # h is now what went into down
         del h
         parts = list(both.split(gate.shape[1], 1))
         back = first.backward_low(parts)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            operand = _Operand(both, None) if codes is None else _Operand(codes, scale)
-            matrices = None if back is None else first.inner(both)
-            grad_x = _backward(operand, weights[:2], dtype, first.tiling, back, matrices)
+            operand = _Operand(both) if codes is None else _Operand(codes, scale)
+            grad_x = _backward(operand, weights[:2], dtype, tiles, first.inputs(back))
+            del operand
+            if ctx.norm is not None:
+                grad_x = rows.norm_backward(grad_x, x, ctx.norm[0], saved[0], grad)
         del codes, scale
-        return (grad_x, None, None, None, *first.gradients(x, parts, low, back), *outer_grads)
+        kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
+        return (grad_x, None, None, None, *first.gradients(kept, parts, low, back), *outer_grads)
 
 
-def linear(x: Tensor, q: QuantizedWeight, bias: Tensor | None, deltas: Sequence[LoRALinear | None], tiling: Tiling) -> Tensor:
-    """``x W^T + bias`` plus each row's own delta: x [..., d], result [..., N]."""
+def linear(
+    x: Tensor, q: QuantizedWeight, bias: Tensor | None, deltas: Sequence[LoRALinear | None], tiling: Tiling,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``x W^T + bias`` plus each row's own delta, plus ``residual`` [..., N]: x [..., d], result [..., N]."""
     if x.device.type == "cpu":
-        return joint_cpu.layers(x, [q], [bias], [deltas], tiling.spans)[0]
-    flat = _rows(x.reshape(-1, x.shape[-1]))
-    out: Tensor = _Linear.apply(flat, q, bias, _Deltas([deltas], tiling, x.device), *_parameters([deltas]))  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], -1)
+        out = joint_cpu.layers(x, [q], [bias], [deltas], tiling.spans)[0]
+        return out if residual is None else out + residual
+    plan = _Plan([[deltas]], [[q]], tiling, x.device)
+    if residual is not None:
+        residual = residual.reshape(-1, q.shape[0])
+    y: Tensor = _Linear.apply(_rows(x.reshape(-1, x.shape[-1])), residual, q, bias, plan, *plan.parameters())  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
 
 
 def attention_inputs(
     x: Tensor, cos: Tensor, sin: Tensor, size: int, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None],
-    deltas: Deltas, tiling: Tiling,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k and v of x [B, T, d], each [B, heads, T, size], q and k rotated by cos and sin [B or 1, T, size]."""
+    deltas: Deltas, tiling: Tiling, norm: Norm | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k and v of x [B, T, d], or of its RMSNorm, each [B, heads, T, size], q and k rotated by cos and sin [B or 1, T,
+    size]; and x again, for the residual stream."""
     batch, tokens, features = x.shape
     cos, sin = (table.expand(batch, -1, -1).reshape(batch * tokens, size) for table in (cos, sin))
     if x.device.type == "cpu":
         out = joint_cpu.layers(x, weights, biases, deltas, tiling.spans, (cos, sin, size))
         q, k, v = (y.view(batch, tokens, -1, size).transpose(1, 2) for y in out)
-        return q, k, v
-    inner = _Deltas(deltas, tiling, x.device)
+        return q, k, v, x
+    plan = _Plan([deltas], [weights], tiling, x.device)
     flat = _rows(x.reshape(-1, features))
-    return _Attention.apply(  # type: ignore[no-any-return, no-untyped-call]
-        flat, cos, sin, (batch, tokens, size), weights, biases, inner, *_parameters(deltas)
+    q, k, v, same = _Attention.apply(  # type: ignore[no-untyped-call]
+        flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.parameters()
     )
+    return q, k, v, same.view(x.shape)
 
 
-def swiglu(x: Tensor, weights: Sequence[QuantizedWeight], deltas: Deltas, tiling: Tiling) -> Tensor:
-    """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down."""
+def swiglu(
+    x: Tensor, weights: Sequence[QuantizedWeight], deltas: Deltas, tiling: Tiling, norm: Norm | None = None
+) -> Tensor:
+    """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down; with ``norm``, of
+    x's RMSNorm, and x is added."""
     if x.device.type == "cpu":
         gate, up = joint_cpu.layers(x, weights[:2], [None, None], deltas[:2], tiling.spans)
         return joint_cpu.layers(functional.silu(gate) * up, weights[2:], [None], deltas[2:], tiling.spans)[0]
-    first, last = (_Deltas(part, tiling, x.device) for part in (deltas[:2], deltas[2:]))
+    plan = _Plan([deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
     flat = _rows(x.reshape(-1, x.shape[-1]))
-    out: Tensor = _SwiGLU.apply(flat, weights, first, last, *_parameters(deltas))  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters())  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 
@@ -470,7 +585,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from finetuna_lightning.ops.kernels import rows
 
-        y, rstd = rows.norm(x, weight, eps)
+        y, _, rstd = rows.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -480,10 +595,22 @@ class _Norm(torch.autograd.Function):
         from finetuna_lightning.ops.kernels import rows
 
         x, weight, rstd = ctx.saved_tensors
-        return rows.norm_backward(grad, x, weight, rstd), None, None
+        return rows.norm_backward(_rows(grad), x, weight, rstd), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of x [..., d] with a frozen weight, in one pass each way."""
     flat = x.reshape(-1, x.shape[-1])
     return _Norm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def takes_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type."""
+    return (
+        has_joint_kernels(x.device)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype == x.dtype
+        and not weight.requires_grad
+        and x.stride(-1) == 1
+        and x.numel() > 0
+    )

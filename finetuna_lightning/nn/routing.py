@@ -291,7 +291,7 @@ def joint_parts(
     full or hooked, a delta with dropout in force or a bias, or a device without the kernels."""
     if x.device.type != "cpu" and not has_joint_kernels(x.device):
         return None
-    if not all(isinstance(layer, QuantizedLinear) and not _observed(layer) for layer in layers):
+    if not all(isinstance(layer, QuantizedLinear) and not is_observed(layer) for layer in layers):
         return None
     weights = [layer.quantized for layer in layers]  # type: ignore[union-attr]
     biases: list[Tensor | None] = [layer.bias for layer in layers]  # type: ignore[misc]
@@ -327,7 +327,7 @@ def joint_parts(
     return cut, deltas, weights, biases
 
 
-def _observed(layer: nn.Module) -> bool:
+def is_observed(layer: nn.Module) -> bool:
     """Whether somebody hooked the layer: it has to be called then."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 

@@ -76,7 +76,7 @@ def config(int8: bool) -> dict[str, int]:
     adapter's sums would be taken in another order in company."""
     if int8:
         return {"BN": 256, "BK": 128, "GROUP": 16, "num_warps": 8, "num_stages": 4}
-    return {"BN": 256, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    return {"BN": 256, "BK": 64, "GROUP": 16, "num_warps": 8, "num_stages": 4}
 
 
 def gemm(

@@ -5,6 +5,7 @@ Shapes: T tokens, d features of a row, H heads of D features, f intermediate fea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,16 +117,24 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm(x_ptr, weight_ptr, y_ptr, rstd_ptr, d, eps, stride_x, BLOCK: tl.constexpr):
+def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, QUANTIZE: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < d
-    x = tl.load(x_ptr + row * stride_x + at, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(x_ptr + row * stride_x + at, mask=inside, other=0.0)
+    x = given.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / d + eps)
     tl.store(rstd_ptr + row, rstd)
-    y = (x * rstd).to(y_ptr.dtype.element_ty).to(tl.float32)  # rounded where transformers' own RMSNorm rounds
-    y = y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * d + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = (x * rstd).to(given.dtype).to(tl.float32)  # rounded where transformers' own RMSNorm rounds
+    y = (y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(given.dtype)
+    if QUANTIZE:
+        y = y.to(tl.float32)
+        scale = _scale(tl.abs(y))
+        tl.store(codes_ptr + row * d + at, _codes(y, scale), mask=inside)
+        tl.store(scale_ptr + row, scale)
+    else:
+        tl.store(y_ptr + row * d + at, y, mask=inside)
 
 
 @triton.jit
@@ -148,14 +157,18 @@ def _row_warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x [T, d] (arXiv 1910.07467): (``x / rms(x) * weight`` [T, d], ``1 / rms(x)`` float32 [T])."""
+def norm(x: Tensor, weight: Tensor, eps: float, *, quantized: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+    """RMSNorm of x [T, d] (arXiv 1910.07467): (``x / rms(x) * weight`` [T, d], None, ``1 / rms(x)`` float32 [T]); with
+    ``quantized``, the first as int8 codes, and their scale a row [T] in the second's place."""
     tokens, d = x.shape
-    y, rstd = torch.empty(tokens, d, dtype=x.dtype, device=x.device), torch.empty(tokens, device=x.device)
+    y = torch.empty(tokens, d, dtype=torch.int8 if quantized else x.dtype, device=x.device)
+    rstd = torch.empty(tokens, device=x.device)
+    scale = torch.empty(tokens, device=x.device) if quantized else None
     block = triton.next_power_of_2(d)
     launch: Any = _norm[(tokens,)]
-    launch(x, weight, y, rstd, d, eps, x.stride(0), BLOCK=block, num_warps=_row_warps(block))
-    return y, rstd
+    launch(x, weight, None if quantized else y, y if quantized else None, scale, rstd, d, eps, x.stride(0),
+           QUANTIZE=quantized, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
+    return y, scale, rstd
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -171,48 +184,67 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residua
 
 
 @triton.jit
-def _rotate(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, stride_xh, stride_yt, stride_yh, stride_c,
-            heads, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+def _rotate_one(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, stride_xh, stride_yt, stride_c, heads,
+                D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    """The heads of one token; ``TURN``: 1 turns them, -1 back, 0 copies."""
     pid = tl.program_id(0).to(tl.int64)  # of all tokens of all rows
-    row = pid // tokens
-    token = pid % tokens
     h = tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]
     live = (h < heads) & (i < D // 2)
-    x = x_ptr + row * stride_xb + token * stride_xt + h * stride_xh + i
-    low = tl.load(x, mask=live, other=0.0).to(tl.float32)
-    high = tl.load(x + D // 2, mask=live, other=0.0).to(tl.float32)
-    c = pid * stride_c + i
-    inside = i < D // 2
-    cos1 = tl.load(cos_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos_ptr + c + D // 2, mask=inside, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin_ptr + c + D // 2, mask=inside, other=0.0).to(tl.float32)
-    if BACK:
-        first = low * cos1 + high * sin2
-        second = high * cos2 - low * sin1
+    x = x_ptr + pid // tokens * stride_xb + pid % tokens * stride_xt + h * stride_xh + i
+    first = tl.load(x, mask=live, other=0.0)
+    second = tl.load(x + D // 2, mask=live, other=0.0)
+    if TURN != 0:
+        low = first.to(tl.float32)
+        high = second.to(tl.float32)
+        c = pid * stride_c + i
+        inside = i < D // 2
+        cos1 = tl.load(cos_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        sin1 = tl.load(sin_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        cos2 = tl.load(cos_ptr + c + D // 2, mask=inside, other=0.0).to(tl.float32)
+        sin2 = tl.load(sin_ptr + c + D // 2, mask=inside, other=0.0).to(tl.float32)
+        if TURN == 1:
+            first = (low * cos1 - high * sin1).to(first.dtype)
+            second = (high * cos2 + low * sin2).to(first.dtype)
+        else:
+            first = (low * cos1 + high * sin2).to(first.dtype)
+            second = (high * cos2 - low * sin1).to(first.dtype)
+    y = y_ptr + pid * stride_yt + h * D + i
+    tl.store(y, first, mask=live)
+    tl.store(y + D // 2, second, mask=live)
+
+
+@triton.jit
+def _rotate(q_ptr, k_ptr, v_ptr, yq_ptr, yk_ptr, yv_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, kb, kt, kh, vb, vt, vh,
+            stride_yq, stride_yk, stride_yv, stride_c, heads, kv_heads, D: tl.constexpr, HALF: tl.constexpr,
+            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    if tl.program_id(1) == 0:
+        _rotate_one(q_ptr, yq_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, stride_yq, stride_c, heads, D, HALF, HEADS, TURN)
+    elif tl.program_id(1) == 1:
+        _rotate_one(k_ptr, yk_ptr, cos_ptr, sin_ptr, tokens, kb, kt, kh, stride_yk, stride_c, kv_heads, D, HALF, KV_HEADS,
+                    TURN)  # fmt: skip
     else:
-        first = low * cos1 - high * sin1
-        second = high * cos2 + low * sin2
-    y = y_ptr + pid * stride_yt + h * stride_yh + i
-    tl.store(y, first.to(y_ptr.dtype.element_ty), mask=live)
-    tl.store(y + D // 2, second.to(y_ptr.dtype.element_ty), mask=live)
+        _rotate_one(v_ptr, yv_ptr, cos_ptr, sin_ptr, tokens, vb, vt, vh, stride_yv, stride_c, kv_heads, D, HALF, KV_HEADS,
+                    0)  # fmt: skip
 
 
-def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864, the two halves of a head as in transformers' Llama), or its gradient.
+def rotate(given: Sequence[Tensor], out: Sequence[Tensor], cos: Tensor, sin: Tensor, *, backward: bool = False) -> None:
+    """Rotary embedding (arXiv 2104.09864, the two halves of a head as in transformers' Llama) of queries and keys, or
+    its gradient.
 
     Args:
-        x: [B, T, H, D], any strides but the last's, which is 1.
-        out: [B * T, H * D] of contiguous heads, any row stride; may be x itself.
+        given: q and k, [B, T, H, D] each, any strides but the last's, which is 1; a third, v, is copied only.
+        out: [B * T, H * D] for each, heads contiguous, any row stride; may be ``given`` themselves.
         cos, sin: [B * T, D] (or one row of tokens for all rows, expanded), rows contiguous.
     """
-    rows, tokens, heads, size = x.shape
-    launch: Any = _rotate[(rows * tokens,)]
-    launch(x, out, cos, sin, tokens, x.stride(0), x.stride(1), x.stride(2), out.stride(0), size, cos.stride(0), heads,
-           D=size, HALF=triton.next_power_of_2(size // 2), HEADS=triton.next_power_of_2(heads), BACK=backward,
-           num_warps=4)  # fmt: skip
-    return out
+    rows, tokens, heads, size = given[0].shape
+    kv_heads = given[1].shape[2]
+    q, k, v = (given[0], given[1], given[-1])
+    launch: Any = _rotate[(rows * tokens, len(given))]
+    launch(q, k, v, out[0], out[1], out[-1], cos, sin, tokens, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+           out[0].stride(0), out[1].stride(0), out[-1].stride(0), cos.stride(0), heads, kv_heads, D=size,
+           HALF=triton.next_power_of_2(size // 2), HEADS=triton.next_power_of_2(heads),
+           KV_HEADS=triton.next_power_of_2(kv_heads), TURN=-1 if backward else 1, num_warps=4)  # fmt: skip
 
 
 @triton.jit
@@ -229,41 +261,39 @@ def _swiglu(gate_ptr, up_ptr, h_ptr, codes_ptr, scale_ptr, f, QUANTIZE: tl.const
     row = tl.program_id(0).to(tl.int64)
     gate_ptr += row * f
     up_ptr += row * f
-    h_ptr += row * f
     at = tl.arange(0, BLOCK)
-    if ONE_PASS:
-        h = _gated(gate_ptr, up_ptr, at, at < f)
-        tl.store(h_ptr + at, h, mask=at < f)
-        if QUANTIZE:
-            scale = _scale(tl.abs(h.to(tl.float32)))
-            tl.store(codes_ptr + row * f + at, _codes(h.to(tl.float32), scale), mask=at < f)
-            tl.store(scale_ptr + row, scale)
+    if not QUANTIZE:
+        for start in range(0, f, BLOCK):
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
+            tl.store(h_ptr + row * f + start + at, h, mask=start + at < f)
+    elif ONE_PASS:
+        h = _gated(gate_ptr, up_ptr, at, at < f).to(tl.float32)
+        scale = _scale(tl.abs(h))
+        tl.store(codes_ptr + row * f + at, _codes(h, scale), mask=at < f)
+        tl.store(scale_ptr + row, scale)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, f, BLOCK):
-            h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
-            tl.store(h_ptr + start + at, h, mask=start + at < f)
-            top = tl.maximum(top, tl.abs(h.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
-        if QUANTIZE:
-            scale = _scale(top)
-            for start in range(0, f, BLOCK):
-                h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
-                codes = _codes(h.to(tl.float32), scale)
-                tl.store(codes_ptr + row * f + start + at, codes, mask=start + at < f)
-            tl.store(scale_ptr + row, scale)
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
+            top = tl.maximum(top, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
+        scale = _scale(top)
+        for start in range(0, f, BLOCK):
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
+            tl.store(codes_ptr + row * f + start + at, _codes(h, scale), mask=start + at < f)
+        tl.store(scale_ptr + row, scale)
 
 
-def swiglu(gate: Tensor, up: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202), and with ``quantized`` the same in int8 with a scale a row."""
+def swiglu(gate: Tensor, up: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor | None]:
+    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202), and None; or with ``quantized`` its int8 codes, and their scale a
+    row [T]."""
     tokens, f = gate.shape
-    h = torch.empty_like(gate)
-    codes = torch.empty(tokens, f, dtype=torch.int8, device=gate.device) if quantized else None
+    h = torch.empty(tokens, f, dtype=torch.int8 if quantized else gate.dtype, device=gate.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
     launch: Any = _swiglu[(tokens,)]
     block = _gated_block(f)
-    launch(gate, up, h, codes, scale, f, QUANTIZE=quantized, ONE_PASS=f <= block, BLOCK=block,
-           num_warps=_row_warps(block))  # fmt: skip
-    return h, codes, scale
+    launch(gate, up, None if quantized else h, h if quantized else None, scale, f, QUANTIZE=quantized,
+           ONE_PASS=f <= block, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
+    return h, scale
 
 
 def _gated_block(f: int) -> int:
@@ -330,7 +360,7 @@ def _swiglu_backward(
 
 
 def swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, column_scale: Tensor | None
+    grad: Tensor, gate: Tensor, up: Tensor, column_scale: Tensor | None, options: dict[str, int] | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of ``swiglu``: (d_gate and d_up side by side [T, 2f], and, with ``column_scale`` [2f], the same
     times it in int8, with one scale a row for both). ``grad`` [T, f] is overwritten with ``silu(gate) * up``."""
@@ -339,8 +369,8 @@ def swiglu_backward(
     quantized = column_scale is not None
     codes = torch.empty(tokens, 2 * f, dtype=torch.int8, device=gate.device) if quantized else None
     scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
-    block = _gated_block(f)
+    chosen = options or {"BLOCK": min(4096, triton.next_power_of_2(f)), "num_warps": 8}
     launch: Any = _swiglu_backward[(tokens,)]
-    launch(grad, gate, up, out, codes, scale, column_scale, f, QUANTIZE=quantized, ONE_PASS=f <= block, BLOCK=block,
-           num_warps=_row_warps(block))  # fmt: skip
+    launch(grad, gate, up, out, codes, scale, column_scale, f, QUANTIZE=quantized, ONE_PASS=f <= chosen["BLOCK"],
+           **chosen)  # fmt: skip
     return out, codes, scale
