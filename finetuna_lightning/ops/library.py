@@ -42,11 +42,17 @@ class _QuantizedLinear(torch.autograd.Function):
 
 
 @cache
-def has_joint_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels of ``ops.kernels`` run on ``device``: they use Hopper's bulk copies."""
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on ``device``: a CUDA GPU of compute capability 8.0 or newer."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def has_joint_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels of ``ops.kernels`` for joint layers run on ``device``: they use Hopper's bulk copies."""
+    return has_triton(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class _Int8Linear(torch.autograd.Function):

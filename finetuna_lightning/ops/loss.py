@@ -27,7 +27,7 @@ from torch import Tensor
 from finetuna_lightning.ops import reference
 
 IGNORED = -100
-CHUNK, CPU_CHUNK = 2048, 512  # tokens whose logits stand at a time
+CHUNK, CPU_CHUNK = 1024, 512  # tokens whose logits stand at a time
 PIECE = 256  # of these, tokens whose logits stand in float32, where there is no kernel
 
 
@@ -150,7 +150,7 @@ def linear_cross_entropy(
         parts: tokens of each part, one after another; no chunk has tokens of two, so that the products of one are the
             same, bit for bit, whatever else there is. None: all are one part.
         chunk: tokens whose logits stand at a time, in hidden's type: chunk x V numbers, beside V x d of the head. None:
-            512 on the CPU, 2048 elsewhere. Results of different chunks differ by rounding alone.
+            512 on the CPU, 1024 elsewhere. Results of different chunks differ by rounding alone.
 
     Returns:
         [...] float32 (float64 for float64 ``hidden``), 0 where a token has no part. Mean, sum and the cut into adapters

@@ -6,6 +6,9 @@ own. Their state lies side by side for good, each tensor's from a multiple of 25
 block, so that no block has elements of two tensors and every weight gets the bits that it gets there. Gradients and
 weights are put side by side for the step only: what was gathered is freed again, so that weights stay where modules,
 checkpoints and exports have them, and the room for it is shared by all adapters.
+
+For AdamW in 8 bits on a GPU with Triton there is a kernel of our own (``ops.kernels.adam``), which finds weights and
+gradients where they are and gathers nothing. Its state is bitsandbytes' too; its sums may round otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import Optimizer
 
+from finetuna_lightning.ops.library import has_triton
+
 FLAT = {"adamw8bit": "AdamW8bit", "lion": "Lion", "lion8bit": "Lion8bit"}
 """The kinds that there are, and the class of bitsandbytes that each is. (Paged state stays with its tensor.)"""
 
@@ -32,6 +37,10 @@ MOMENTS = {"state1", "state2"}
 
 CHUNK = 1 << 22
 """Elements in one kernel, a multiple of the block. What is gathered at a time takes about 14 bytes an element."""
+
+
+FUSED = True
+"""Whether AdamW in 8 bits has its own kernel where that runs."""
 
 
 def flat_optimizer(kind: str, params: Iterable[Any], **settings: Any) -> FlatStep:
@@ -95,6 +104,7 @@ class Shelf:
     absmax: Tensor | None
     maps: list[Tensor]
     padding: Tensor
+    fused: FusedShelf | None = None
     _cut: dict[tuple[int, int], list[Chunk]] = field(default_factory=dict)
 
     def chunks(self, first: int, last: int) -> list[Chunk]:
@@ -120,6 +130,28 @@ class Shelf:
                     whole = False
             indices = [index for index, _, _ in parts if index is not None]
             yield Chunk(start, stop, parts, slice(indices[0], indices[-1] + 1) if whole else None)
+
+
+class FusedShelf:
+    """What the kernel for a whole shelf needs besides it, on the device."""
+
+    def __init__(self, starts: Sequence[int], sizes: Sequence[int], maps: Sequence[Tensor]) -> None:
+        from finetuna_lightning.ops.kernels import adam
+
+        self.maps = adam.nearest_map(maps[0]), adam.nearest_map(maps[1])
+        self.zero = int((maps[0] == 0).nonzero()[0])
+        self.starts, self.sizes, self.device = starts, sizes, maps[0].device
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def tables(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The programs, and sizes and starts, of the parameters from ``first`` up to ``last``."""
+        from finetuna_lightning.ops.kernels import adam
+
+        if (first, last) not in self._tables:
+            sizes = self.sizes[first:last]
+            own = torch.tensor([sizes, self.starts[first:last]])
+            self._tables[first, last] = adam.programs(sizes).to(self.device), own.to(self.device)
+        return self._tables[first, last]
 
 
 class FlatStep(Optimizer):
@@ -173,8 +205,11 @@ class FlatStep(Optimizer):
             for count, run in groupby(counts):
                 last = first + len(list(run))
                 if count is not None:
-                    for chunk in shelf.chunks(first, last):
-                        self._advance(shelf, chunk, gradients, count + 1, skip)
+                    if shelf.fused is not None:
+                        self._advance_fused(shelf, shelf.fused, slice(first, last), gradients, count + 1, skip)
+                    else:
+                        for chunk in shelf.chunks(first, last):
+                            self._advance(shelf, chunk, gradients, count + 1, skip)
                     stepped += shelf.states[first:last]
                 first = last
         for state in stepped:
@@ -186,6 +221,23 @@ class FlatStep(Optimizer):
         """The device did not take the last step: it does not count."""
         for state in self._stepped:
             state["step"] -= 1
+
+    def _advance_fused(
+        self, shelf: Shelf, fused: FusedShelf, part: slice, gradients: Sequence[Tensor | None], count: int,
+        skip: Tensor | None,
+    ) -> None:  # fmt: skip
+        """The ``count``-th step of the parameters of ``part``, not taken where ``skip`` says so."""
+        from finetuna_lightning.ops.kernels import adam
+
+        group, own = self.param_groups[shelf.group], [g for g in gradients[part] if g is not None]
+        at = [[p.data_ptr() for p in shelf.parameters[part]], [g.data_ptr() for g in own]]
+        addresses = torch.tensor(at, pin_memory=True).to(fused.device, non_blocking=True)
+        assert shelf.absmax is not None
+        adam.adamw8bit(
+            *fused.tables(part.start, part.stop), addresses, shelf.moments, shelf.absmax, fused.maps, zero=fused.zero,
+            lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], step=count,
+            skip=skip, coefficient=self.coefficient, aligned=not any(a % 16 for row in at for a in row),
+        )  # fmt: skip
 
     def _advance(
         self, shelf: Shelf, chunk: Chunk, gradients: Sequence[Tensor | None], count: int, skip: Tensor | None
@@ -287,7 +339,11 @@ class FlatStep(Optimizer):
                     state[key] = scales.copy_(state[key])
                     state[name.replace("state", "qmap")] = maps[row]
         padding = torch.zeros(align, dtype=parameters[0].dtype, device=device)
-        return Shelf(group, parameters, states, starts, moments, absmax, maps, padding)
+        fused = None
+        adamw = self.optimizer_name == "adam" and len(maps) == 2
+        if FUSED and adamw and parameters[0].dtype == torch.float32 and has_triton(device):
+            fused = FusedShelf(starts, [p.numel() for p in parameters], maps)
+        return Shelf(group, parameters, states, starts, moments, absmax, maps, padding, fused)
 
 
 def _gathered(tensors: list[Tensor]) -> Tensor:

@@ -599,6 +599,9 @@ class MultiAdapterModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """An adapter whose ``max_steps`` are done leaves the batches; when all have, the run ends."""
         live.retire(self)
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, AdapterOptimizers):
+                optimizer.release()
 
     # ---- who trains ----
 

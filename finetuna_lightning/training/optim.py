@@ -245,6 +245,12 @@ class AdapterOptimizers(Optimizer):
             if self.turns[name].pending == 0:
                 optimizer.zero_grad(set_to_none)
 
+    def release(self) -> None:
+        """Forget the gradients of steps that have been taken, so that the next forward pass has their memory."""
+        for name, optimizer in self.optimizers.items():
+            if self.turns[name].pending == 0 and name not in self._noted:
+                optimizer.zero_grad()
+
     def drop(self, name: str) -> None:
         """Forget what adapter ``name`` has accumulated."""
         self.turns[name].pending, self.turns[name].finite = 0, None
