@@ -31,14 +31,18 @@ from transformers import AutoTokenizer
 from benchmarks.common import machine, show
 from finetuna_lightning.backbone import QUICKSTART_FOLDER, load_backbone
 from finetuna_lightning.finetuned import LinearAdapterConfig, new_finetuned
+from finetuna_lightning.fusing import fuse_
 from finetuna_lightning.quickstart.domains import DOMAINS, describe, documents
 from finetuna_lightning.quickstart.pretrain import encode
-from finetuna_lightning.training.precision import EightBitPrecision, has_fp8, resolve_dtype
+from finetuna_lightning.training.precision import EightBitPrecision, has_fp8, has_int8, resolve_dtype
 
 SOURCE = "tests/data/quickstart_bf16"
-BASELINE, FP8_COMPUTE = "16-bit", "fp8, fp8 compute"
-# by the table's name, how weights are stored; all but the last compute in 16 bits
-SCHEMES = {BASELINE: "none", "int8": "int8", "int8-blockwise": "int8-blockwise", "fp8": "fp8", FP8_COMPUTE: "fp8"}
+BASELINE, INT8_COMPUTE, FP8_COMPUTE = "16-bit", "int8, int8 compute", "fp8, fp8 compute"
+# by the table's name, how weights are stored; they compute in 16 bits unless the name has it
+SCHEMES = {
+    BASELINE: "none", "int8": "int8", INT8_COMPUTE: "int8", "int8-blockwise": "int8-blockwise", "fp8": "fp8",
+    FP8_COMPUTE: "fp8",
+}  # fmt: skip
 HELD_OUT_ONE_IN = 5  # documents of a domain, which come in the order of a hash
 PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # all linear layers but the head
 LORA = LinearAdapterConfig(r=16, alpha=32, dropout=0.0, bias=False)
@@ -97,7 +101,10 @@ def run_scheme(label: str, options: argparse.Namespace) -> list[Run]:
     """All domains and seeds over one base."""
     device, bare = torch.device(options.device), label == BASELINE
     base = load_backbone(SOURCE, scheme=SCHEMES[label], dtype=resolve_dtype(options.dtype, device), device=device)
-    EightBitPrecision(compute="fp8" if label == FP8_COMPUTE else "16bit").set_compute(base)
+    compute = label.split(", ")[1].removesuffix(" compute") if ", " in label else "16bit"
+    EightBitPrecision(scheme=SCHEMES[label], compute=compute).set_compute(base)
+    if not bare:
+        fuse_(base, device, next(base.parameters()).dtype)
     causal = torch.ones(options.tokens, options.tokens, dtype=torch.bool, device=device).tril()[None, None]
     runs = []
     for domain in options.domains:
@@ -167,8 +174,9 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     labels = [label for label in SCHEMES if label in (BASELINE, *options.schemes)]
-    if FP8_COMPUTE in labels and not has_fp8(device):
-        labels.remove(FP8_COMPUTE)
+    for label, has in ((INT8_COMPUTE, has_int8), (FP8_COMPUTE, has_fp8)):
+        if label in labels and not has(device):
+            labels.remove(label)
     sources = [describe(domain) for domain in options.domains]
     start = time.perf_counter()
     jobs = min(len(labels), options.jobs or (len(labels) if device.type == "cuda" else 1))

@@ -84,14 +84,14 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence
         return None
     if len(set(lengths)) == 1 and lengths[0] % 64 == 0:
         count = len(lengths)
-        q, k, v = (part[0].unflatten(1, (count, lengths[0])).transpose(0, 1) for part in (query, key, value))
+        q, k, v = (t.squeeze(0).unflatten(1, (count, lengths[0])).transpose(0, 1) for t in (query, key, value))
         with sdpa_kernel(_PREFERRED, set_priority=True):
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
             )
         return out.transpose(1, 2).reshape(1, -1, query.shape[1], size)
     starts, longest = _starts(tuple(lengths), query.device), max(lengths)
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))  # a select's gradient is a copy
     out = torch.ops.aten._flash_attention_forward(
         q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
     )[0]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from finetuna_lightning.adapters import output_head
@@ -14,6 +15,7 @@ from finetuna_lightning.backbone import cast_, quantize_model_, quantized_layers
 from finetuna_lightning.configs import BLOCK_SIZES, DTYPES, SCHEMES
 from finetuna_lightning.errors import ConfigError, one_of
 from finetuna_lightning.ops import cpu
+from finetuna_lightning.ops.library import has_joint_kernels
 
 COMPUTE = ("auto", "16bit", "int8", "fp8")
 
@@ -34,16 +36,14 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def has_int8(device: torch.device) -> bool:
-    """Whether ``device`` multiplies matrices in int8 faster than in 16 bits: a CUDA GPU of compute capability 8.0 or
-    newer, or a CPU with AMX or VNNI."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return cpu.has_int8(device)
+    """Whether ``device`` multiplies matrices in int8 here: a CUDA GPU of compute capability 9.0 or newer where Triton is
+    installed, or a CPU with AMX or VNNI."""
+    return has_joint_kernels(device) or cpu.has_int8(device)
 
 
 # what compute in 8 bits needs; each is called as the scheme that it is for
 _NEEDS = {
-    "int8": "a CPU with AMX or VNNI, or a CUDA GPU of compute capability 8.0 or newer",
+    "int8": "a CPU with AMX or VNNI, or a CUDA GPU of compute capability 9.0 or newer with Triton",
     "fp8": "a CUDA GPU of compute capability 8.9 or newer",
 }
 
@@ -58,7 +58,9 @@ class EightBitPrecision(Precision):
         scheme, block_size, skip_modules: for a backbone that came as a plain module. A ``BackboneConfig`` has its own.
         dtype: of activations and of what is not quantised: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         compute: ``16bit`` computes in ``dtype`` from 8-bit storage; ``int8`` and ``fp8`` multiply in 8 bits, where the
-            device can and the scheme is the same, activations and gradients quantised per token; ``auto`` is ``16bit``.
+            device can and the scheme is the same, activations and gradients quantised per token; ``auto`` is ``int8``
+            for int8 storage and 16-bit activations on a GPU that has it, else ``16bit``.
+        fuse: put kernels for whole parts of a decoder layer before the model's own, where they compute the same.
     """
 
     precision: Any = "8-bit"
@@ -78,11 +80,19 @@ class EightBitPrecision(Precision):
         self.scheme, self.block_size, self.dtype, self.compute = scheme, block_size, dtype, compute
         self.skip_modules, self.fuse = list(skip_modules or ()), fuse
 
-    def set_compute(self, backbone: nn.Module) -> None:
-        """Say to every quantised matrix how products with it are computed."""
+    def set_compute(self, backbone: nn.Module, device: torch.device | None = None) -> None:
+        """Say to every quantised matrix how products with it are computed (on ``device``, by default where it is).
+        Those with the output head are in 16 bits."""
         head = getattr(output_head(backbone), "quantized", None)
         for quantized in quantized_layers(backbone).values():
-            quantized.compute = self.compute if self.compute in _NEEDS and quantized is not head else "16bit"
+            if quantized is head:
+                quantized.compute = "16bit"
+            elif self.compute == "auto":
+                at = device or quantized.codes.device
+                wide = quantized.dtype == torch.float32
+                quantized.compute = "int8" if quantized.scheme == "int8" and not wide and has_joint_kernels(at) else "16bit"
+            else:
+                quantized.compute = self.compute
 
     def check_device(self, device: torch.device, scheme: str) -> None:
         """Raise ConfigError where ``compute`` is not to be had on ``device`` for a backbone stored in ``scheme``."""
@@ -110,7 +120,10 @@ class EightBitPrecision(Precision):
             device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
             quantize_model_(backbone, self.scheme, self.block_size, self.skip_modules)
             cast_(backbone, resolve_dtype(self.dtype, device))
-        self.set_compute(backbone)
+        root = module.trainer.strategy.root_device if isinstance(module, LightningModule) else None
+        self.set_compute(backbone, root)
+        if self.compute == "auto" and any(q.compute == "int8" for q in quantized_layers(backbone).values()):
+            rank_zero_info("the backbone's products are computed in int8; EightBitPrecision(compute='16bit') does not")
         return module
 
     def clip_gradients(self, optimizer: Any, clip_val: Any = 0.0, gradient_clip_algorithm: Any = None) -> None:

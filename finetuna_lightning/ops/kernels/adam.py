@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK = 256
 """Elements that share one scale."""
 
-ROWS = 16
+ROWS = 2
 """Blocks of one program."""
 
 
@@ -164,5 +164,5 @@ def adamw8bit(
         None if skip is None else skip.view(torch.uint8), coefficient,
         beta1, beta2, correction * eps, -lr * correction / (1 - beta1**step), 1 - lr * weight_decay, zero,
         table.shape[1], tensors.shape[1], SKIP=skip is not None, COEFFICIENT=coefficient is not None, ALIGNED=aligned,
-        ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
+        ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,7 @@ Eight-bit matrix units want both operands contiguous along K, so that a backward
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,14 +25,13 @@ from finetuna_lightning.ops.tiling import TILE_ROWS
 
 
 @triton.jit
-def _gemm(
-    a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr, tiles_ptr,
+def _tile(
+    pid, a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr, tiles_ptr,
     N, K, C, stride_c, stride_residual, tile_count,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, CB: tl.constexpr, DELTA: tl.constexpr,
     INT8: tl.constexpr, B_IS_KN: tl.constexpr, COLUMN_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
     width = GROUP * tl.cdiv(N, BN)  # neighbours share operands in L2
     first = pid // width * GROUP
     size = tl.minimum(tile_count - first, GROUP)
@@ -71,12 +71,41 @@ def _gemm(
     tl.store(c_at, out.to(c_ptr.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def _gemm(
+    a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr, tiles_ptr,
+    N, K, C, stride_c, stride_residual, tile_count,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, CB: tl.constexpr, DELTA: tl.constexpr,
+    INT8: tl.constexpr, B_IS_KN: tl.constexpr, COLUMN_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    EVEN: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        for pid in tl.range(tl.program_id(0), tile_count * tl.cdiv(N, BN), tl.num_programs(0), flatten=False):
+            _tile(
+                pid, a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr,
+                tiles_ptr, N, K, C, stride_c, stride_residual, tile_count,
+                BM, BN, BK, GROUP, CB, DELTA, INT8, B_IS_KN, COLUMN_SCALE, BIAS, RESIDUAL, EVEN,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
+            residual_ptr, tiles_ptr, N, K, C, stride_c, stride_residual, tile_count,
+            BM, BN, BK, GROUP, CB, DELTA, INT8, B_IS_KN, COLUMN_SCALE, BIAS, RESIDUAL, EVEN,
+        )  # fmt: skip
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def config(int8: bool) -> dict[str, int]:
     """Tile sizes and depth (measured on an H100: benchmarks/LOG.md). They must not depend on the number of rows, or an
-    adapter's sums would be taken in another order in company."""
+    adapter's sums would be taken in another order in company. Persistent programs, one a multiprocessor, pay in 16 bits
+    only."""
     if int8:
-        return {"BN": 256, "BK": 128, "GROUP": 16, "num_warps": 8, "num_stages": 4}
-    return {"BN": 256, "BK": 64, "GROUP": 16, "num_warps": 8, "num_stages": 4}
+        return {"BN": 256, "BK": 128, "GROUP": 16, "PERSISTENT": False, "num_warps": 8, "num_stages": 4}
+    return {"BN": 256, "BK": 64, "GROUP": 16, "PERSISTENT": True, "num_warps": 8, "num_stages": 3}
 
 
 def gemm(
@@ -120,7 +149,10 @@ def gemm(
         block = min(32, columns)  # more would not fit beside four stages of operands in shared memory
         low_desc = TensorDescriptor(low, [m, columns], [low.stride(0), 1], [TILE_ROWS, block])
         m_desc = TensorDescriptor(matrices, [matrices.shape[0] * columns, n], [n, 1], [block, bn])
-    launch: Any = _gemm[(count * triton.cdiv(n, bn),)]
+    programs = count * triton.cdiv(n, bn)
+    if chosen["PERSISTENT"]:
+        programs = min(programs, _multiprocessors(a.device))
+    launch: Any = _gemm[(programs,)]
     launch(
         a_desc, b_desc, low_desc, m_desc, out, row_scale, column_scale, bias, residual, tiles,
         n, k, columns, out.stride(0), 0 if residual is None else residual.stride(0), count,

@@ -369,7 +369,7 @@ def swiglu_backward(
     quantized = column_scale is not None
     codes = torch.empty(tokens, 2 * f, dtype=torch.int8, device=gate.device) if quantized else None
     scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
-    chosen = options or {"BLOCK": min(4096, triton.next_power_of_2(f)), "num_warps": 8}
+    chosen = options or {"BLOCK": min(4096, triton.next_power_of_2(f)), "num_warps": 16}  # 8 warps: 715 us, 16: 584
     launch: Any = _swiglu_backward[(tokens,)]
     launch(grad, gate, up, out, codes, scale, column_scale, f, QUANTIZE=quantized, ONE_PASS=f <= chosen["BLOCK"],
            **chosen)  # fmt: skip

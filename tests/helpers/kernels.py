@@ -1,0 +1,317 @@
+"""The Triton kernels against float64, over odd shapes, and with every new buffer full of NaN. As a program
+(``TRITON_INTERPRET=1 python -m tests.helpers.kernels``) it checks them on the CPU, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes.functional
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetuna_lightning.ops.kernels import adam, gemm, lowrank, rows
+from finetuna_lightning.ops.tiling import tiling
+
+SPANS = [("one", 0, 70), ("two", 70, 200), ("one", 200, 233), ("three", 233, 234)]
+SLOTS = {"one": 0, "two": 1, "three": 2}
+SMALL = {
+    True: {"BN": 64, "BK": 32, "GROUP": 8, "PERSISTENT": False, "num_warps": 4, "num_stages": 2},
+    False: {"BN": 64, "BK": 32, "GROUP": 8, "PERSISTENT": True, "num_warps": 4, "num_stages": 2},
+}  # for the interpreter; a GPU takes what users get
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Of the norm of ``wanted``."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is full of NaN, or of 77."""
+    empty = torch.empty
+
+    def full(*shape: Any, **options: Any) -> Tensor:
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+    torch.empty = full  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+class Case:
+    """Random tensors on ``device``, in ``dtype`` where nothing else is said; ``bound``: of one rounding."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float16
+        self.bound = 4e-3 if device == "cuda" else 6e-4
+        self.generator = torch.Generator().manual_seed(0)
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device, dtype or self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator).to(self.device)
+
+    def codes(self, *shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, generator=self.generator, dtype=torch.int8).to(self.device)
+
+    def tiles(self) -> Any:
+        return tiling(SPANS, torch.device(self.device))
+
+
+def check_quantize(case: Case) -> None:
+    for width, column in ((300, False), (300, True), (4160, True)):
+        x, scales = case.random(7, width), case.uniform(width) if column else None
+        x[3] = 0
+        exact = x.double() * (1 if scales is None else scales.double())
+        codes, scale = rows.quantize(x, scales)
+        assert float((codes * scale[:, None].double() - exact).abs().max()) <= float(scale.max()) * 0.51
+        assert torch.equal(codes[3], torch.zeros_like(codes[3])) and not scale[3]
+        x[2, 5] = torch.nan
+        poisonous = rows.quantize(x, scales)[1]
+        assert poisonous.isfinite().tolist() == [True, True, False, True, True, True, True]
+        assert torch.equal(poisonous[3:], scale[3:])
+
+
+def check_transpose_and_dequantize(case: Case) -> None:
+    codes, scale = case.codes(130, 70), case.uniform(130)
+    assert torch.equal(rows.transpose(codes, torch.empty(70, 130, dtype=torch.int8, device=case.device)), codes.t())
+    out = rows.dequantize(codes, scale, torch.empty(130, 70, dtype=case.dtype, device=case.device))
+    assert torch.equal(out, (codes.float() * scale[:, None]).to(case.dtype))
+
+
+def check_norm(case: Case) -> None:
+    x, weight, grad, residual = case.random(5, 304), case.random(304), case.random(5, 304), case.random(5, 304)
+    exact = x.double().requires_grad_()
+    y = exact * torch.rsqrt(exact.square().mean(1, keepdim=True) + 1e-6) * weight.double()
+    y.backward(grad.double())
+    got, none, rstd = rows.norm(x, weight, 1e-6)
+    assert none is None and distance(got, y) < 2 * case.bound
+    codes, scale, same = rows.norm(x, weight, 1e-6, quantized=True)
+    assert scale is not None and torch.equal(same, rstd)
+    assert float((codes * scale[:, None] - got).abs().max()) <= float(scale.max()) * 0.51
+    assert exact.grad is not None
+    assert distance(rows.norm_backward(grad, x, weight, rstd), exact.grad) < case.bound
+    assert distance(rows.norm_backward(grad, x, weight, rstd, residual), exact.grad + residual) < case.bound
+
+
+def check_rotate(case: Case) -> None:
+    batch, tokens, heads, kv, size = 2, 3, 5, 2, 16
+    cos, sin = case.random(batch * tokens, size), case.random(batch * tokens, size)
+
+    def exact(x: Tensor) -> Tensor:
+        halves = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1)
+        table = (batch, tokens, 1, size)
+        return x * cos.double().view(table) + halves * sin.double().view(table)
+
+    given = [case.random(batch, tokens, count, size) for count in (heads, kv, kv)]
+    doubles = [part.double().requires_grad_() for part in given]
+    wanted = [exact(doubles[0]), exact(doubles[1]), doubles[2] * 1]
+    grads = [case.random(batch, count, tokens, size).transpose(1, 2) for count in (heads, kv, kv)]  # as attention has them
+    for y, grad in zip(wanted, grads, strict=True):
+        y.backward(grad.double())
+    whole = torch.empty(batch * tokens, (heads + 2 * kv) * size, dtype=case.dtype, device=case.device)
+    parts = whole.split([heads * size, kv * size, kv * size], 1)
+    rows.rotate(given, parts, cos, sin)
+    for part, y in zip(parts, wanted, strict=True):
+        assert distance(part.reshape(y.shape), y) < case.bound
+    rows.rotate(grads, parts, cos, sin, backward=True)
+    for part, double in zip(parts, doubles, strict=True):
+        assert double.grad is not None and distance(part.reshape(double.shape), double.grad) < case.bound
+    flat = [part.reshape(batch * tokens, -1) for part in given[:2]]
+    rows.rotate(given[:2], flat, cos, sin)  # in place
+    for part, y in zip(flat, wanted, strict=False):
+        assert distance(part.view(y.shape), y) < case.bound
+
+
+def check_swiglu(case: Case) -> None:
+    for width in (304, 4160):
+        gate, up, grad = case.random(3, width), case.random(3, width), case.random(3, width)
+        gates, ups = gate.double().requires_grad_(), up.double().requires_grad_()
+        h = functional.silu(gates) * ups
+        h.backward(grad.double())
+        assert gates.grad is not None and ups.grad is not None
+        wanted, columns = torch.cat([gates.grad, ups.grad], 1), case.uniform(2 * width)
+        got, none = rows.swiglu(gate, up, quantized=False)
+        assert none is None and distance(got, h) < case.bound
+        codes, scale = rows.swiglu(gate, up, quantized=True)
+        assert scale is not None and float((codes * scale[:, None] - got).abs().max()) <= float(scale.max()) * 0.51
+        for column in (None, columns):
+            own = grad.clone()
+            both, codes_, scale_ = rows.swiglu_backward(own, gate, up, column)
+            assert distance(both, wanted) < case.bound and distance(own, h) < case.bound
+            if column is not None:
+                assert codes_ is not None and scale_ is not None
+                error = codes_ * scale_[:, None].double() - both.double() * column.double()
+                assert float(error.abs().max()) <= float(scale_.max()) * 0.51
+
+
+def check_lowrank(case: Case) -> None:
+    """Ragged ranks, adapters without a layer, several layers side by side; rows in 16 bits and in int8."""
+    width, cut = 208, case.tiles()
+    for rank, ranks in ((16, ((4, 16, 0), (7, 3, 16), (1, 2, 3))), (64, ((4, 40, 0), (7, 3, 17)))):
+        own = [[case.random(max(r, 1), width, dtype=torch.float32)[:r] for r in layer] for layer in ranks]
+        columns = lowrank.columns_of(len(ranks), rank)
+        table, turned, counts = [], [], []
+        for slot in range(3):
+            for layer in own:
+                table.append((layer[slot].data_ptr() if len(layer[slot]) else 0, len(layer[slot]), width, True))
+                turned.append(layer[slot].t().contiguous())
+                counts.append(rank)
+            table.append((0, 0, width, True))
+            counts.append(columns - len(ranks) * rank)
+        matrices = torch.zeros(3, columns, width, device=case.device)
+        for index, layer in enumerate(own):
+            for slot, matrix in enumerate(layer):
+                matrices[slot, index * rank : index * rank + len(matrix)] = matrix
+        matrices = matrices.to(case.dtype)
+        jobs = lowrank.jobs(table, counts).to(case.device)
+        got = lowrank.gather(jobs, matrices.numel(), width, case.dtype)
+        assert torch.equal(got.view_as(matrices), matrices)
+        as_b = [
+            entry if not entry[0] else (turned[number - number // (len(ranks) + 1)].data_ptr(), *entry[1:3], False)
+            for number, entry in enumerate(table)
+        ]
+        jobs = lowrank.jobs(as_b, counts).to(case.device)
+        assert torch.equal(lowrank.gather(jobs, matrices.numel(), width, case.dtype).view_as(matrices), matrices)
+        x, scales, low = case.random(234, width), case.uniform(3, columns), case.random(234, columns)
+        held = torch.tensor(ranks, dtype=torch.int32, device=case.device)
+        codes, row_scale = rows.quantize(x)
+        for values, scale in ((x, None), (codes, row_scale)):
+            exact = values.double() * (1 if scale is None else scale.double()[:, None])
+            wanted = torch.zeros(234, columns, dtype=torch.float64, device=case.device)
+            sums = torch.zeros(3, width, columns, dtype=torch.float64, device=case.device)
+            for name, start, stop in SPANS:
+                slot = SLOTS[name]
+                wanted[start:stop] = exact[start:stop] @ matrices[slot].double().t() * scales[slot].double()
+                sums[slot] += exact[start:stop].t() @ low[start:stop].double()
+            assert distance(lowrank.down(values, matrices, scales, cut.tiles, row_scale=scale), wanted) < case.bound
+            wide = torch.empty(234, columns + 32, dtype=case.dtype, device=case.device)
+            lowrank.down(values, matrices, scales, cut.tiles, wide[:, 16 : 16 + columns], row_scale=scale)
+            assert distance(wide[:, 16 : 16 + columns], wanted) < case.bound
+            for by_rank in (True, False):
+                found = lowrank.outer(
+                    values, low, cut.chunks, cut.first, held, rank, by_rank=by_rank, row_scale=scale
+                )  # fmt: skip
+                for index, layer_ranks in enumerate(ranks):
+                    for slot, r in enumerate(layer_ranks):
+                        if r:
+                            part = found[slot, index, : r * width]
+                            part = part.view(r, width).t() if by_rank else part.view(width, r)
+                            true = sums[slot][:, index * rank : index * rank + r]
+                            assert distance(part, true) < (1e-3 if scale is None else 2 * case.bound)
+
+
+def check_gemm(case: Case, options: Callable[[bool], dict[str, Any]]) -> None:
+    """Both types, with everything in the epilogue and with nothing; neighbours' NaN stay where they are."""
+    cut = case.tiles()
+    for outputs, inputs, columns in ((208, 112, 16), (96, 80, 64)):
+        low, residual, bias = case.random(234, columns), case.random(234, outputs), case.random(outputs)
+        matrices = case.random(3, columns, outputs)
+        delta = torch.cat([low[a:b].double() @ matrices[SLOTS[n]].double() for n, a, b in SPANS])
+        x, weight, row_scale, column_scale = (
+            case.codes(234, inputs), case.codes(outputs, inputs), case.uniform(234) * 1e-3, case.uniform(outputs)
+        )  # fmt: skip
+        exact = x.double() @ weight.double().t() * row_scale.double()[:, None] * column_scale.double()
+        x16, w16 = case.random(234, inputs), case.random(outputs, inputs)
+        exact16 = x16.double() @ w16.double().t()
+        forms: list[tuple[tuple[Tensor, Tensor], dict[str, Any], Tensor]] = [
+            ((x, weight), {"row_scale": row_scale, "column_scale": column_scale}, exact),
+            ((x, weight), {"row_scale": row_scale}, exact / column_scale.double()),
+            ((x16, w16), {}, exact16),
+            ((x16, w16.t().contiguous()), {"b_is_kn": True}, exact16),
+        ]
+        for (a, b), given, wanted in forms:
+            chosen = options(a.dtype == torch.int8)
+            out = torch.empty(234, outputs, dtype=case.dtype, device=case.device)
+            gemm.gemm(a, b, out, cut.tiles, options=chosen, **given)
+            assert distance(out, wanted) < case.bound
+            more = {"low": low, "matrices": matrices, "bias": bias, "residual": residual}
+            gemm.gemm(a, b, out, cut.tiles, options=chosen, **given, **more)
+            assert distance(out, wanted + delta + bias.double() + residual.double()) < case.bound
+            bad = low.clone()
+            bad[70:200] = torch.nan
+            spoilt = gemm.gemm(
+                a, b, torch.empty_like(out), cut.tiles, options=chosen, **given, **more | {"low": bad}
+            )  # fmt: skip
+            assert spoilt[70:200].isnan().all()
+            assert torch.equal(spoilt[:70], out[:70]) and torch.equal(spoilt[200:], out[200:])
+
+
+def check_adamw8bit(case: Case) -> None:
+    """Against the definition over the same codes, and what bitsandbytes makes of the state."""
+    sizes = [300, 4096 * 2 + 17, 256, 1]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // 256) * 256)
+    values = [
+        bitsandbytes.functional.create_dynamic_map(signed=signed).float().to(case.device) for signed in (True, False)
+    ]
+    maps = adam.nearest_map(values[0]), adam.nearest_map(values[1])
+    weights = [case.random(size, dtype=torch.float32) for size in sizes]
+    moments = torch.zeros(2, starts[-1], dtype=torch.uint8, device=case.device)
+    moments[0] = 127
+    absmax = torch.zeros(2, starts[-1] // 256, device=case.device)
+    table, own = adam.programs(sizes).to(case.device), torch.tensor([sizes, starts[:-1]]).to(case.device)
+    coefficient = torch.tensor(0.5, device=case.device)
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    for step in range(1, 4):
+        gradients = [case.random(size, dtype=torch.float32) * step for size in sizes]
+        gradients[1][3] = 0 if step == 1 else torch.inf
+        wanted = []
+        for index, (p, g) in enumerate(zip(weights, gradients, strict=True)):
+            cut = slice(starts[index], starts[index] + sizes[index])
+            scale = absmax.repeat_interleave(256, 1)[:, cut].double()
+            m, v = (values[row][moments[row, cut].long()].double() * scale[row] for row in range(2))
+            g = g.double() * 0.5
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+            rate = (1 - 0.95**step) ** 0.5
+            new = p.double() * (1 - 1e-3) - 1e-2 * rate / (1 - 0.9**step) * m / (v.sqrt() + rate * 1e-8)
+            wanted.append((torch.where(g.isfinite(), new, p.double()), m.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)))
+        at = torch.tensor([[t.data_ptr() for t in weights], [t.data_ptr() for t in gradients]]).to(case.device)
+        before = [t.clone() for t in (*weights, moments, absmax)]
+        for skip in (True, False):
+            adam.adamw8bit(
+                table, own, at, moments, absmax, maps, zero=127, step=step, coefficient=coefficient,
+                skip=torch.tensor(skip, device=case.device), **settings,
+            )  # fmt: skip
+            if skip:
+                assert all(torch.equal(a, b) for a, b in zip(before, (*weights, moments, absmax), strict=True))
+        for index, (p, (new, m, v)) in enumerate(zip(weights, wanted, strict=True)):
+            assert float((p - new).abs().max()) < 1e-6
+            cut = slice(starts[index], starts[index] + sizes[index])
+            scale = absmax.repeat_interleave(256, 1)[:, cut]
+            for row, true in enumerate((m, v)):
+                code = moments[row, cut].long()
+                assert bool((true.abs() <= scale[row] * (1 + 1e-5)).all())
+                ratio = (true / scale[row].clamp(min=1e-30)).float()
+                best = torch.searchsorted(maps[row].bounds[:-1].contiguous(), ratio)
+                sign = (true < 0) & (values[row][best] >= 0) if row == 0 else torch.zeros_like(best, dtype=torch.bool)
+                assert float((code != best - sign.long()).float().mean()) < 2e-3  # but for a ratio on the very edge
+
+
+def check_all(device: str) -> list[str]:
+    """Run every check on ``device``; their names."""
+    options = gemm.config if device == "cuda" else SMALL.__getitem__
+    checks: dict[str, Callable[[Case], None]] = {
+        name: function for name, function in globals().items() if name.startswith("check_") and name != "check_all"
+    }
+    for name, check in checks.items():
+        with poisoned():
+            if name == "check_gemm":
+                check_gemm(Case(device), options)
+            else:
+                check(Case(device))
+    return list(checks)
+
+
+if __name__ == "__main__":
+    print("\n".join(check_all("cpu")), "\nchecked")
