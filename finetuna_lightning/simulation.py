@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetuna_lightning.errors import BackboneError
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import loss, reference
 
 FORWARD, HEAD, HEAD_BACKWARD = "forward pass of the layers", "head and loss", "backward pass of the head"
 LAST_BACKWARD, FIRST_BACKWARD = "backward pass of the last layer", "backward pass of the first layer"
@@ -198,7 +198,7 @@ def like_layers(model: nn.Module, same: Callable[[Sequence[str]], bool]) -> tupl
     return found[0] if types is None or len(set(types)) == 1 else None
 
 
-# ---- attention on a GPU ---------------------------------------------------------------------------------------------
+# ---- as on a GPU --------------------------------------------------------------------------------------------------------------
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -224,34 +224,37 @@ class _FlashAttention(torch.autograd.Function):
 
 
 @contextmanager
-def _gpu_attention(on: bool) -> Iterator[None]:
-    """Within, ``scaled_dot_product_attention`` is a fused kernel's. On tensors that lie nowhere torch would choose as
-    for the CPU, or on a machine without CUDA not at all."""
-    own = torch.nn.functional.scaled_dot_product_attention
-    if on:
+def _as_on(gpu: bool) -> Iterator[None]:
+    """Within, ``scaled_dot_product_attention`` is a fused kernel's and the loss is cut as on a GPU, though tensors that
+    lie nowhere are the CPU's to torch; or, for the CPU, some token of each adapter has no label, as is usual: which,
+    such tensors cannot say."""
+    own = torch.nn.functional.scaled_dot_product_attention, loss.on_host, loss.rows_that_count
+    if gpu:
         torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FlashAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        loss.on_host = lambda _: False
+    loss.rows_that_count = lambda labels: torch.arange(len(labels) - 1)
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = own
+        torch.nn.functional.scaled_dot_product_attention, loss.on_host, loss.rows_that_count = own
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
 
 
 def simulate(
-    loss: Callable[[], Tensor],
+    total_loss: Callable[[], Tensor],
     parameters: Mapping[str, Sequence[nn.Parameter]],
     layers: nn.ModuleList | None,
     *,
     accumulating: Sequence[str] = (),
     gpu: bool = False,
 ) -> StepBytes:
-    """One step after the first, under ``fake_mode``: the gradients of the step before stand until the loss is there
-    (Lightning frees them then), those of adapters that accumulate stand for longer.
+    """One step after the first, under ``fake_mode``: the gradients of a step that was taken are gone
+    (``AdapterOptimizers.release``), those of adapters that accumulate stand from the beginning.
 
     Args:
-        loss: the forward pass.
+        total_loss: the forward pass.
         parameters: what is trained, by adapter.
         layers: the model's; without them the backward pass is one phase.
         accumulating: adapters that take several batches to a step.
@@ -266,16 +269,14 @@ def simulate(
     for parameter in every:
         handles.append(parameter.register_post_accumulate_grad_hook(_count_gradient(ledger)))
     try:
-        with _silent(), _gpu_attention(gpu), ledger:
-            for parameter in every:
+        with _silent(), _as_on(gpu), ledger:
+            standing = [parameter for name in accumulating for parameter in parameters[name]]
+            for parameter in standing:
                 parameter.grad = torch.empty_like(parameter)
-            ledger.count([p.grad for p in every if p.grad is not None], "gradients")
+            ledger.count([p.grad for p in standing if p.grad is not None], "gradients")
             ledger.enter(FORWARD)
-            total = loss()
+            total = total_loss()
             ledger.keep()
-            for name, own in parameters.items():
-                for parameter in own if name not in accumulating else ():
-                    parameter.grad = None
             ledger.enter(HEAD_BACKWARD)
             torch.autograd.backward(total)
             del total
