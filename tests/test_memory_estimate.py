@@ -211,7 +211,7 @@ def test_skipped_modules_and_the_type_of_the_rest_count() -> None:
 
 
 def test_an_adapter_that_accumulates_keeps_its_gradients() -> None:
-    config = llama(2)
+    config = llama(4)
     phases = [
         estimate_memory(config, {"a": AdapterConfig(rank=2, accumulate=n)}, Sequences(1, 64)).step.phases
         for n in (1, 2)
