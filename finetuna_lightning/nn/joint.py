@@ -68,28 +68,27 @@ def takes_delta(delta: LoRALinear) -> bool:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """The deltas of one layer: ranks [1, n], scalings [n, R], N outputs, where its B [n, R, N] starts in what is
-    gathered, and whether there is any."""
-
-    ranks: Tensor
-    scales: Tensor
-    width: int
-    at: int
-    live: bool
-
-
-@dataclass(frozen=True)
 class _Group:
-    """The deltas of layers that share their input: ranks [L, n], scalings [n, C], R, d features, and where their A [n, C, d]
-    starts in what is gathered."""
+    """The deltas of L layers that share their input, and where they stand in what is gathered.
+
+    Args:
+        ranks [L, n], scales [n, C], rank: R.
+        width: d; outputs: N of each layer, which stand side by side where they are one matrix.
+        at: where A [n, C, d] starts; up: where B does, [n, C, sum of N], a layer's own in its R rows and N columns, zeros
+            elsewhere.
+        blocks: see ``lowrank.blocks``.
+        live: by layer, whether it has any delta.
+    """
 
     ranks: Tensor
     scales: Tensor
     rank: int
     width: int
+    outputs: tuple[int, ...]
     at: int
-    layers: tuple[_Layer, ...]
+    up: int
+    blocks: Tensor
+    live: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -138,39 +137,37 @@ def _make_table(
 ) -> _Table:
     from finetuna_lightning.ops.kernels import lowrank
 
-    matrices: list[lowrank.Matrix] = []
-    rows: list[int] = []
+    pieces: list[lowrank.Piece] = []
     made: list[_Group] = []
     size = 0
-
-    def place(matrix: lowrank.Matrix, count: int) -> None:
-        nonlocal size
-        matrices.append(matrix)
-        rows.append(count)
-        size += count * matrix[2]
-
     for group, (width, outputs) in zip(groups, sides, strict=True):
+        slots, total = len(group[0]), sum(outputs)
         rank = lowrank.padded_rank(max(entry[2] for layer in group for entry in layer))
         columns = lowrank.columns_of(len(group), rank)
-        start = size
-        for slot in range(len(group[0])):
-            for layer in group:
-                place((layer[slot][0], layer[slot][2], width, True), rank)
-            if columns > len(group) * rank:
-                place((0, 0, width, True), columns - len(group) * rank)
-        scales = torch.zeros(len(group[0]), columns)
+        spare = columns - len(group) * rank
+        start, up = size, size + slots * columns * width
+        size = up + slots * columns * total
+        scales = torch.zeros(slots, columns)
+        for slot in range(slots):
+            at, above = start + slot * columns * width, up + slot * columns * total
+            for index, layer in enumerate(group):
+                a, b, own, scaling = layer[slot]
+                scales[slot, index * rank : (index + 1) * rank] = scaling
+                pieces.append((a, own, width, True, at, width, rank))
+                at += rank * width
+                first = above + index * rank * total
+                for other, side in enumerate(outputs):
+                    pieces.append((b if other == index else 0, own, side, False, first, total, rank))
+                    first += side
+            if spare:
+                pieces.append((0, 0, width, True, at, width, spare))
+                pieces.append((0, 0, total, True, above + len(group) * rank * total, total, spare))
         ranks = torch.tensor([[entry[2] for entry in layer] for layer in group], dtype=torch.int32)
-        layers: list[_Layer] = []
-        for index, (layer, side) in enumerate(zip(group, outputs, strict=True)):
-            at = size
-            for entry in layer:
-                place((entry[1], entry[2], side, False), rank)
-            part = torch.tensor([entry[3] for entry in layer])[:, None].repeat(1, rank)
-            scales[:, index * rank : (index + 1) * rank] = part
-            live = any(entry[2] for entry in layer)
-            layers.append(_Layer(ranks[index : index + 1].to(device), part.to(device), side, at, live))
-        made.append(_Group(ranks.to(device), scales.to(device), rank, width, start, tuple(layers)))
-    return _Table(lowrank.jobs(matrices, rows).to(device), size, max(matrix[2] for matrix in matrices), tuple(made))
+        made.append(_Group(
+            ranks.to(device), scales.to(device), rank, width, tuple(outputs), start, up,
+            lowrank.blocks(outputs).to(device), tuple(any(entry[2] for entry in layer) for layer in group),
+        ))  # fmt: skip
+    return _Table(lowrank.jobs(pieces).to(device), size, max(piece[2] for piece in pieces), tuple(made))
 
 
 def _parameters(groups: Sequence[Deltas]) -> list[Tensor]:
@@ -243,15 +240,21 @@ def _backward(
             _read_out(q, scratch[start : start + q.shape[0]])
             start += q.shape[0]
         return gemm(grad.values, scratch, out, tiles, low=low, matrices=matrices, b_is_kn=True)
-    scratch = torch.empty(inputs, outputs, dtype=torch.int8, device=device)
-    for q in weights:
-        rows.transpose(q.codes, scratch[:, start : start + q.shape[0]])
-        start += q.shape[0]
-    return gemm(grad.values, scratch, out, tiles, row_scale=grad.scale, low=low, matrices=matrices)
+    turned = rows.transpose([q.codes for q in weights])
+    return gemm(grad.values, turned, out, tiles, row_scale=grad.scale, low=low, matrices=matrices)
 
 
 def _scales(weights: Sequence[QuantizedWeight]) -> Tensor:
-    return weights[0].scale if len(weights) == 1 else torch.cat([q.scale for q in weights])
+    """The row scales of all weights, put together once and kept with the first."""
+    if len(weights) == 1:
+        return weights[0].scale
+    own = [q.scale for q in weights]
+    state = [(id(scale), scale._version) for scale in own]
+    kept = weights[0].__dict__.get("_joined_scales")
+    if kept is None or kept[0] != state:
+        kept = weights[0].__dict__["_joined_scales"] = (state, own, torch.cat(own))
+    found: Tensor = kept[2]
+    return found
 
 
 class _Plan:
@@ -298,15 +301,16 @@ class _Deltas:
         shape = (*self.group.scales.shape, self.group.width)
         return self.flat.as_strided(shape, (shape[1] * shape[2], shape[2], 1), self.group.at)
 
-    def _up(self, layer: _Layer) -> Tensor:
-        """A layer's B [n, R, N]."""
-        assert self.flat is not None
-        shape = (*layer.scales.shape, layer.width)
-        return self.flat.as_strided(shape, (shape[1] * shape[2], shape[2], 1), layer.at)
-
-    def _part(self, low: Tensor, index: int) -> Tensor:
-        assert self.group is not None
-        return low.narrow(1, index * self.group.rank, self.group.rank)
+    def _up(self, index: int | None = None) -> Tensor:
+        """The layers' B [n, C, sum of N], or one's [n, R, N]."""
+        group = self.group
+        assert group is not None and self.flat is not None
+        (slots, columns), total = group.scales.shape, sum(group.outputs)
+        strides = (columns * total, total, 1)
+        if index is None:
+            return self.flat.as_strided((slots, columns, total), strides, group.up)
+        at = group.up + index * group.rank * total + sum(group.outputs[:index])
+        return self.flat.as_strided((slots, group.rank, group.outputs[index]), strides, at)
 
     def low(self, x: _Operand) -> Tensor | None:
         """``s X A^T`` of all layers side by side [T, C]."""
@@ -318,53 +322,41 @@ class _Deltas:
 
     def outputs(self, index: int, low: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the product of layer ``index`` adds: its part of ``low`` [T, R], and its B [n, R, N]."""
-        if low is None or self.group is None or not self.group.layers[index].live:
+        if low is None or self.group is None or not self.group.live[index]:
             return _NOTHING
-        return self._part(low, index), self._up(self.group.layers[index])
+        return low.narrow(1, index * self.group.rank, self.group.rank), self._up(index)
 
-    def backward_low(self, grads: Sequence[Tensor]) -> Tensor | None:
-        """``s dY B`` of all layers side by side [T, C], from the gradient of each layer's output [T, N]."""
+    def backward_low(self, grad: Tensor) -> Tensor | None:
+        """``s dY B`` of all layers side by side [T, C], from the gradients of their outputs side by side."""
         from finetuna_lightning.ops.kernels import lowrank
 
         if self.group is None:
             return None
-        columns = self.group.scales.shape[1]
-        full = columns == len(grads) * self.group.rank and all(layer.live for layer in self.group.layers)
-        make = torch.empty if full else torch.zeros
-        low = make(grads[0].shape[0], columns, dtype=grads[0].dtype, device=grads[0].device)
-        for index, (grad, layer) in enumerate(zip(grads, self.group.layers, strict=True)):
-            if layer.live:
-                lowrank.down(grad, self._up(layer), layer.scales, self.tiling.tiles, self._part(low, index))
-        return low
+        return lowrank.down(grad, self._up(), self.group.scales, self.tiling.tiles)
 
     def inputs(self, back: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the product for the input's gradient adds: ``back`` [T, C] and A [n, C, d]."""
         return _NOTHING if back is None else (back, self._inner())
 
-    def gradients(self, x: _Operand, grads: Sequence[Tensor], low: Tensor | None, back: Tensor | None) -> list[Any]:
+    def gradients(self, x: _Operand, grad: Tensor, low: Tensor | None, back: Tensor | None) -> list[Any]:
         """Those of the deltas' parameters."""
         from finetuna_lightning.ops.kernels import lowrank
 
         group = self.group
         if group is None or low is None or back is None:
             return []
-        tiling, rank, count = self.tiling, group.rank, len(grads)
-        down = lowrank.outer(
-            x.values, back, tiling.chunks, tiling.first, group.ranks, rank, by_rank=True, row_scale=x.scale
-        )
+        chunks, first, rank, width = self.tiling.chunks, self.tiling.first, group.rank, group.width
+        down = lowrank.outer(x.values, back, chunks, first, group.ranks, rank, row_scale=x.scale)
+        up = lowrank.outer(grad, low, chunks, first, group.ranks, rank, by_layer=group.blocks)
         found: list[Any] = []
-        for index, (grad, layer) in enumerate(zip(grads, group.layers, strict=True)):
-            if not layer.live:
-                continue
-            part = self._part(low, index)
-            up = lowrank.outer(grad, part, tiling.chunks, tiling.first, layer.ranks, rank, by_rank=False)
+        layers, total, before = len(group.outputs), sum(group.outputs), 0
+        for index, side in enumerate(group.outputs):
             for slot, delta in enumerate(self.deltas[index]):
                 if delta is not None:
-                    a, b = delta.rank * group.width, delta.rank * layer.width
-                    at = (slot * count + index) * group.width * rank
-                    found.append(down.as_strided((delta.rank, group.width), (group.width, 1), at))
-                    at = slot * layer.width * rank
-                    found.append(up.as_strided((layer.width, delta.rank), (delta.rank, 1), at))
+                    own = delta.rank
+                    found.append(down.as_strided((own, width), (width, 1), (slot * layers + index) * width * rank))
+                    found.append(up.as_strided((side, own), (own, 1), (slot * total + before) * rank))
+            before += side
         return found
 
 
@@ -413,13 +405,13 @@ class _Linear(torch.autograd.Function):
         x, low = ctx.saved_tensors
         given, grad = grad, _rows(grad)
         (side,) = plan.gathered(ctx.dtype)
-        back = side.backward_low([grad])
+        back = side.backward_low(grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
             operand = _operand(grad, q.compute, q.scale)
             grad_x = _backward(operand, [q], ctx.dtype, plan.tiling.tiles, side.inputs(back))
         grad_residual = given if ctx.needs_input_grad[1] else None
-        return (grad_x, grad_residual, None, None, None, *side.gradients(_Operand(x), [grad], low, back))
+        return (grad_x, grad_residual, None, None, None, *side.gradients(_Operand(x), grad, low, back))
 
 
 class _Attention(torch.autograd.Function):
@@ -461,7 +453,7 @@ class _Attention(torch.autograd.Function):
         heads = [grad.transpose(1, 2) for grad in grads[:3]]
         rows.rotate([h if h.stride(-1) == 1 else h.contiguous() for h in heads], parts, cos, sin, backward=True)
         (side,) = plan.gathered(x.dtype)
-        back = side.backward_low(parts)
+        back = side.backward_low(whole)
         grad_x = grads[3]
         if ctx.needs_input_grad[0]:
             operand = _operand(whole, weights[0].compute, _scales(weights))
@@ -472,7 +464,7 @@ class _Attention(torch.autograd.Function):
             else:
                 grad_x = rows.norm_backward(inner, x, ctx.norm[0], saved[0], _rows(grad_x))
         kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
-        return (grad_x, *[None] * 7, *side.gradients(kept, parts, low, back))
+        return (grad_x, *[None] * 7, *side.gradients(kept, whole, low, back))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -509,14 +501,13 @@ class _SwiGLU(torch.autograd.Function):
         compute, dtype, tiles = weights[0].compute, gate.dtype, plan.tiling.tiles
         grad = _rows(grad)
         first, last = plan.gathered(dtype)
-        back_h = last.backward_low([grad])
+        back_h = last.backward_low(grad)
         h = _backward(_operand(grad, compute, weights[2].scale), weights[2:], dtype, tiles, last.inputs(back_h))
         column_scale = _scales(weights[:2]) if compute == "int8" else None
         both, codes, scale = rows.swiglu_backward(h, gate, up, column_scale)
-        outer_grads = last.gradients(_Operand(h), [grad], low_h, back_h)  # h is now what went into down
+        outer_grads = last.gradients(_Operand(h), grad, low_h, back_h)  # h is now what went into down
         del h
-        parts = list(both.split(gate.shape[1], 1))
-        back = first.backward_low(parts)
+        back = first.backward_low(both)
         grad_x = None
         if ctx.needs_input_grad[0]:
             operand = _Operand(both) if codes is None else _Operand(codes, scale)
@@ -526,7 +517,7 @@ class _SwiGLU(torch.autograd.Function):
                 grad_x = rows.norm_backward(grad_x, x, ctx.norm[0], saved[0], grad)
         del codes, scale
         kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
-        return (grad_x, None, None, None, *first.gradients(kept, parts, low, back), *outer_grads)
+        return (grad_x, None, None, None, *first.gradients(kept, both, low, back), *outer_grads)
 
 
 def linear(

@@ -94,7 +94,7 @@ def _int8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
     flat = grad.reshape(-1, grad.shape[-1])
     values, row_scale = rows.quantize(flat, scale)
-    turned = rows.transpose(codes, torch.empty(codes.shape[1], codes.shape[0], dtype=torch.int8, device=codes.device))
+    turned = rows.transpose([codes])
     out = torch.empty(flat.shape[0], codes.shape[1], dtype=grad.dtype, device=grad.device)
     gemm.gemm(values, turned, out, tiling([("", 0, flat.shape[0])], grad.device).tiles, row_scale=row_scale)
     return out.view(*grad.shape[:-1], -1)

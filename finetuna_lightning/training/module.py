@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -595,6 +596,12 @@ class MultiAdapterModule(LightningModule):
             resume.set_random_states(resumed["random"])
         live.warn_of_joint_accumulation(self)
         live.retire(self)
+        gc.collect()
+        gc.freeze()  # or a step now and then waits while Python looks for garbage among what stays (32 ms on an 8B model)
+
+    def on_train_end(self) -> None:
+        """Python's collector looks at everything again."""
+        gc.unfreeze()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """An adapter whose ``max_steps`` are done leaves the batches; when all have, the run ends."""

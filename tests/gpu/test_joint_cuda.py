@@ -64,9 +64,9 @@ def bank_of(model: nn.Module, names: Sequence[str] = tuple(RANKS)) -> ft.Adapter
     for name in names:
         targets = ["q_proj", "v_proj", "down_proj", "gate_proj"] if name == "one" else ["all-linear"]
         bank.add(name, rank=RANKS[name], alpha=8, targets=targets, seed=0)
-        torch.manual_seed(RANKS[name])
+        generator = torch.Generator().manual_seed(RANKS[name])
         for parameter in bank[name].parameters():
-            nn.init.normal_(parameter, std=0.05)
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(parameter)
     return bank
 
 
@@ -89,7 +89,8 @@ def run(
     bank = bank_of(model, names)
     model.to(device)
     if poison is not None:
-        next(bank[poison].parameters()).data.fill_(math.nan)
+        spoilt = [p for name, p in bank[poison].named_parameters() if name.endswith("down_proj.lora_A")]
+        spoilt[0].data.fill_(math.nan)
     generator = torch.Generator().manual_seed(1)
     tokens = {n: [torch.randint(96, (size,), generator=generator) for size in LENGTHS[n]] for n in RANKS}
     slopes = {n: [torch.randn(size, 96, generator=generator) for size in LENGTHS[n]] for n in RANKS}

@@ -83,7 +83,9 @@ def check_quantize(case: Case) -> None:
 
 def check_transpose_and_dequantize(case: Case) -> None:
     codes, scale = case.codes(130, 70), case.uniform(130)
-    assert torch.equal(rows.transpose(codes, torch.empty(70, 130, dtype=torch.int8, device=case.device)), codes.t())
+    more = [codes, case.codes(16, 70), case.codes(144, 70)]
+    for count in (1, 2, 3):
+        assert torch.equal(rows.transpose(more[:count]), torch.cat(more[:count]).t())
     out = rows.dequantize(codes, scale, torch.empty(130, 70, dtype=case.dtype, device=case.device))
     assert torch.equal(out, (codes.float() * scale[:, None]).to(case.dtype))
 
@@ -160,28 +162,23 @@ def check_lowrank(case: Case) -> None:
     for rank, ranks in ((16, ((4, 16, 0), (7, 3, 16), (1, 2, 3))), (64, ((4, 40, 0), (7, 3, 17)))):
         own = [[case.random(max(r, 1), width, dtype=torch.float32)[:r] for r in layer] for layer in ranks]
         columns = lowrank.columns_of(len(ranks), rank)
-        table, turned, counts = [], [], []
+        pieces, turned = [], []
         for slot in range(3):
-            for layer in own:
-                table.append((layer[slot].data_ptr() if len(layer[slot]) else 0, len(layer[slot]), width, True))
-                turned.append(layer[slot].t().contiguous())
-                counts.append(rank)
-            table.append((0, 0, width, True))
-            counts.append(columns - len(ranks) * rank)
+            at = slot * columns * width
+            for index, layer in enumerate(own):
+                as_b = slot == 1  # the same matrix, given as B is stored
+                turned.append(layer[slot].t().contiguous() if as_b else layer[slot])
+                address = turned[-1].data_ptr() if len(layer[slot]) else 0
+                pieces.append((address, len(layer[slot]), width, not as_b, at + index * rank * width, width, rank))
+            spare = columns - len(ranks) * rank
+            pieces.append((0, 0, width, True, at + len(ranks) * rank * width, width, spare))
         matrices = torch.zeros(3, columns, width, device=case.device)
         for index, layer in enumerate(own):
             for slot, matrix in enumerate(layer):
                 matrices[slot, index * rank : index * rank + len(matrix)] = matrix
         matrices = matrices.to(case.dtype)
-        jobs = lowrank.jobs(table, counts).to(case.device)
-        got = lowrank.gather(jobs, matrices.numel(), width, case.dtype)
+        got = lowrank.gather(lowrank.jobs(pieces).to(case.device), matrices.numel(), width, case.dtype)
         assert torch.equal(got.view_as(matrices), matrices)
-        as_b = [
-            entry if not entry[0] else (turned[number - number // (len(ranks) + 1)].data_ptr(), *entry[1:3], False)
-            for number, entry in enumerate(table)
-        ]
-        jobs = lowrank.jobs(as_b, counts).to(case.device)
-        assert torch.equal(lowrank.gather(jobs, matrices.numel(), width, case.dtype).view_as(matrices), matrices)
         x, scales, low = case.random(234, width), case.uniform(3, columns), case.random(234, columns)
         held = torch.tensor(ranks, dtype=torch.int32, device=case.device)
         codes, row_scale = rows.quantize(x)
@@ -197,17 +194,26 @@ def check_lowrank(case: Case) -> None:
             wide = torch.empty(234, columns + 32, dtype=case.dtype, device=case.device)
             lowrank.down(values, matrices, scales, cut.tiles, wide[:, 16 : 16 + columns], row_scale=scale)
             assert distance(wide[:, 16 : 16 + columns], wanted) < case.bound
-            for by_rank in (True, False):
-                found = lowrank.outer(
-                    values, low, cut.chunks, cut.first, held, rank, by_rank=by_rank, row_scale=scale
-                )  # fmt: skip
-                for index, layer_ranks in enumerate(ranks):
-                    for slot, r in enumerate(layer_ranks):
-                        if r:
-                            part = found[slot, index, : r * width]
-                            part = part.view(r, width).t() if by_rank else part.view(width, r)
-                            true = sums[slot][:, index * rank : index * rank + r]
-                            assert distance(part, true) < (1e-3 if scale is None else 2 * case.bound)
+            found = lowrank.outer(values, low, cut.chunks, cut.first, held, rank, row_scale=scale)
+            bound = 1e-3 if scale is None else 2 * case.bound
+            for index, layer_ranks in enumerate(ranks):
+                for slot, r in enumerate(layer_ranks):
+                    part = found.view(3, len(ranks), -1)[slot, index, : r * width].view(r, width).t()
+                    if r:
+                        assert distance(part, sums[slot][:, index * rank : index * rank + r]) < bound
+            widths = (16, 144, 48)[: len(ranks)] if len(ranks) == 3 else (64, 144)
+            by_layer = lowrank.blocks(widths).to(case.device)
+            found = lowrank.outer(
+                values, low, cut.chunks, cut.first, held, rank, by_layer=by_layer, row_scale=scale
+            )  # fmt: skip
+            before = 0
+            for index, (side, layer_ranks) in enumerate(zip(widths, ranks, strict=True)):
+                for slot, r in enumerate(layer_ranks):
+                    part = found[slot, before * rank : before * rank + side * r].view(side, r)
+                    if r:
+                        true = sums[slot][before : before + side, index * rank : index * rank + r]
+                        assert distance(part, true) < bound
+                before += side
 
 
 def check_gemm(case: Case, options: Callable[[bool], dict[str, Any]]) -> None:
@@ -215,7 +221,7 @@ def check_gemm(case: Case, options: Callable[[bool], dict[str, Any]]) -> None:
     cut = case.tiles()
     for outputs, inputs, columns in ((208, 112, 16), (96, 80, 64)):
         low, residual, bias = case.random(234, columns), case.random(234, outputs), case.random(outputs)
-        matrices = case.random(3, columns, outputs)
+        matrices = case.random(3, 2 * columns, outputs + 32)[:, columns:, 16 : 16 + outputs]  # a part of a larger block
         delta = torch.cat([low[a:b].double() @ matrices[SLOTS[n]].double() for n, a, b in SPANS])
         x, weight, row_scale, column_scale = (
             case.codes(234, inputs), case.codes(outputs, inputs), case.uniform(234) * 1e-3, case.uniform(outputs)

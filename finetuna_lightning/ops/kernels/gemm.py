@@ -27,7 +27,7 @@ from finetuna_lightning.ops.tiling import TILE_ROWS
 @triton.jit
 def _tile(
     pid, a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr, tiles_ptr,
-    N, K, C, stride_c, stride_residual, tile_count,
+    N, K, C, step, stride_c, stride_residual, tile_count,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, CB: tl.constexpr, DELTA: tl.constexpr,
     INT8: tl.constexpr, B_IS_KN: tl.constexpr, COLUMN_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr,
@@ -40,7 +40,7 @@ def _tile(
     start = tl.load(tiles_ptr + tile)
     stop = tl.load(tiles_ptr + tile_count + tile)
     if DELTA:
-        m0 = tl.load(tiles_ptr + 2 * tile_count + tile) * C
+        m0 = tl.load(tiles_ptr + 2 * tile_count + tile) * step
     kind: tl.constexpr = tl.int32 if INT8 else tl.float32
     acc = tl.zeros((BM, BN), dtype=kind)
     for k in range(0, K, BK):
@@ -74,7 +74,7 @@ def _tile(
 @triton.jit
 def _gemm(
     a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr, tiles_ptr,
-    N, K, C, stride_c, stride_residual, tile_count,
+    N, K, C, step, stride_c, stride_residual, tile_count,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, CB: tl.constexpr, DELTA: tl.constexpr,
     INT8: tl.constexpr, B_IS_KN: tl.constexpr, COLUMN_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     EVEN: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -83,13 +83,13 @@ def _gemm(
         for pid in tl.range(tl.program_id(0), tile_count * tl.cdiv(N, BN), tl.num_programs(0), flatten=False):
             _tile(
                 pid, a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr,
-                tiles_ptr, N, K, C, stride_c, stride_residual, tile_count,
+                tiles_ptr, N, K, C, step, stride_c, stride_residual, tile_count,
                 BM, BN, BK, GROUP, CB, DELTA, INT8, B_IS_KN, COLUMN_SCALE, BIAS, RESIDUAL, EVEN,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
-            residual_ptr, tiles_ptr, N, K, C, stride_c, stride_residual, tile_count,
+            residual_ptr, tiles_ptr, N, K, C, step, stride_c, stride_residual, tile_count,
             BM, BN, BK, GROUP, CB, DELTA, INT8, B_IS_KN, COLUMN_SCALE, BIAS, RESIDUAL, EVEN,
         )  # fmt: skip
 
@@ -131,7 +131,8 @@ def gemm(
         tiles: int32 [3, tiles]: first row, end row and adapter of each tile of at most ``TILE_ROWS`` rows.
         column_scale, bias: [N].
         residual: [M, N], added to the result.
-        low: [M, C], the low-rank products in out's type; ``matrices`` [n, C, N] what each adapter's meet.
+        low: [M, C], the low-rank products in out's type; ``matrices`` [n, C, N] what each adapter's meet, of rows that
+            are a multiple of 16 bytes apart, and adapters a multiple of rows.
     """
     m, k = a.shape
     n = out.shape[1]
@@ -143,19 +144,21 @@ def gemm(
     b_desc = TensorDescriptor(b, list(b.shape), [b.stride(0), 1], [bk, bn] if b_is_kn else [bn, bk])
     low_desc: Any = None
     m_desc: Any = None
-    columns = block = 16
+    columns = block = step = 16
     if low is not None and matrices is not None:
         columns = low.shape[1]
         block = min(32, columns)  # more would not fit beside four stages of operands in shared memory
         low_desc = TensorDescriptor(low, [m, columns], [low.stride(0), 1], [TILE_ROWS, block])
-        m_desc = TensorDescriptor(matrices, [matrices.shape[0] * columns, n], [n, 1], [block, bn])
+        step = matrices.stride(0) // matrices.stride(1)
+        height = (matrices.shape[0] - 1) * step + columns
+        m_desc = TensorDescriptor(matrices, [height, n], [matrices.stride(1), 1], [block, bn])
     programs = count * triton.cdiv(n, bn)
     if chosen["PERSISTENT"]:
         programs = min(programs, _multiprocessors(a.device))
     launch: Any = _gemm[(programs,)]
     launch(
         a_desc, b_desc, low_desc, m_desc, out, row_scale, column_scale, bias, residual, tiles,
-        n, k, columns, out.stride(0), 0 if residual is None else residual.stride(0), count,
+        n, k, columns, step, out.stride(0), 0 if residual is None else residual.stride(0), count,
         BM=TILE_ROWS, CB=block, DELTA=low is not None, INT8=int8, B_IS_KN=b_is_kn,
         COLUMN_SCALE=column_scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, EVEN=n % bn == 0,
         **chosen,

@@ -36,19 +36,19 @@ def columns_of(layers: int, rank: int) -> int:
     return int(triton.next_power_of_2(layers * rank))
 
 
-Matrix = tuple[int, int, int, bool]
-"""Address of a float32 matrix (0: none), its rank, its other side, and whether it is [rank, side], as A, or [side, rank],
-as B."""
+Piece = tuple[int, int, int, bool, int, int, int]
+"""A part of what is gathered: the address of a float32 matrix (0: none), its rank, its other side, whether it is [rank,
+side], as A, or [side, rank], as B; and where it goes: first element, distance of rows, and number of rows (a multiple of
+``STEP``), the rank's first, then zeros."""
 
 
-def jobs(matrices: Sequence[Matrix], rows: Sequence[int]) -> Tensor:
-    """The table for ``gather``, int64 [6, jobs], of matrices that stand one after another in the buffer, the number
-    ``rows`` (a multiple of ``STEP``) of each: rank first there, zeros beyond its rank."""
-    at, found = 0, []
-    for (address, rank, side, by_rank), count in zip(matrices, rows, strict=True):
-        for start in range(0, count, STEP):
-            found.append((address, start, rank if address else 0, side, at, int(by_rank)))
-            at += STEP * side
+def jobs(pieces: Sequence[Piece]) -> Tensor:
+    """The table for ``gather``: int64 [7, jobs]."""
+    found = [
+        (address, start, rank if address else 0, side, at + start * stride, int(by_rank), stride)
+        for address, rank, side, by_rank, at, stride, count in pieces
+        for start in range(0, count, STEP)
+    ]
     return torch.tensor(found, dtype=torch.int64).t().contiguous()
 
 
@@ -63,6 +63,7 @@ def _gather(jobs_ptr, out_ptr, count, STEP: tl.constexpr, BLOCK: tl.constexpr):
     r0 = tl.load(entry + count)
     rank = tl.load(entry + 2 * count)
     at = tl.multiple_of(tl.load(entry + 4 * count), 16)
+    stride = tl.multiple_of(tl.load(entry + 6 * count), 16)
     i = tl.arange(0, STEP)
     r = r0 + i
     k = k0 + tl.arange(0, BLOCK)
@@ -72,7 +73,7 @@ def _gather(jobs_ptr, out_ptr, count, STEP: tl.constexpr, BLOCK: tl.constexpr):
     else:
         inside_t = (k < width)[:, None] & (r < rank)[None, :]
         w = tl.load(base + k[:, None] * rank + r[None, :], mask=inside_t, other=0.0).T
-    out = out_ptr + at + i[:, None] * width + k[None, :]
+    out = out_ptr + at + i[:, None] * stride + k[None, :]
     tl.store(out, w.to(out_ptr.dtype.element_ty), mask=(i >= 0)[:, None] & (k < width)[None, :])
 
 
@@ -148,19 +149,34 @@ def down(
 
 @triton.jit
 def _outer(
-    x_desc, low_desc, x_ptr, low_ptr, row_scale_ptr, out_ptr, rank_ptr, chunks_ptr,
-    N, R, layers, stride_x, stride_low, adapters, chunk_count,
-    BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, BY_RANK: tl.constexpr, INT8: tl.constexpr,
+    x_desc, low_desc, x_ptr, low_ptr, row_scale_ptr, out_ptr, rank_ptr, chunks_ptr, blocks_ptr,
+    N, R, layers, stride_x, stride_low, adapters, chunk_count, block_count,
+    BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, UP: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     start = tl.load(chunks_ptr + chunk)
     stop = tl.load(chunks_ptr + chunk_count + chunk)
     adapter = tl.load(chunks_ptr + 2 * chunk_count + chunk)
-    n0 = tl.program_id(1) * BN
-    c0 = tl.program_id(2) * CB
+    block = tl.program_id(1)
+    c = tl.program_id(2) * CB + tl.arange(0, CB)
+    if UP:  # these features are one layer's, which has R columns of its own
+        first = tl.load(blocks_ptr + block)
+        n0 = tl.load(blocks_ptr + block_count + block)
+        end = tl.load(blocks_ptr + 2 * block_count + block)
+        owner = tl.load(blocks_ptr + 3 * block_count + block)
+        c0 = owner * R + tl.program_id(2) * CB
+        layer = c * 0 + owner
+        index = c
+    else:
+        first = 0
+        n0 = block * BN
+        end = N
+        c0 = tl.program_id(2) * CB
+        layer = c // R
+        index = c % R
     n = n0 + tl.arange(0, BN)
-    inside = n < N
-    c = c0 + tl.arange(0, CB)
+    inside = n < end
+    columns = c0 + tl.arange(0, CB)
     whole = start + (stop - start) // BT * BT
     acc = tl.zeros((BN, CB), dtype=tl.float32)
     kind = low_ptr.dtype.element_ty
@@ -174,19 +190,15 @@ def _outer(
         here = (rows < stop)[:, None]
         at = rows.to(tl.int64)[:, None]
         x = tl.load(x_ptr + at * stride_x + n[None, :], mask=here & inside[None, :], other=0.0)
-        low = tl.load(low_ptr + at * stride_low + c[None, :], mask=here & (c >= 0)[None, :], other=0.0)
+        low = tl.load(low_ptr + at * stride_low + columns[None, :], mask=here & (columns >= 0)[None, :], other=0.0)
         if INT8:
             low = (low.to(tl.float32) * tl.load(row_scale_ptr + rows, mask=rows < stop, other=0.0)[:, None]).to(kind)
         acc = tl.dot(x.to(kind).T, low, acc)
-    layer = c // R
-    index = c % R
-    used = layer < layers
-    rank = tl.load(rank_ptr + layer * adapters + adapter, mask=used, other=0)
-    out = out_ptr + (layer + chunk.to(tl.int64) * layers)[None, :] * (N * R)
-    if BY_RANK:  # [rank, N], as A
-        out = out + index[None, :] * N + n[:, None]
-    else:  # [N, rank], as B
-        out = out + n[:, None] * rank[None, :] + index[None, :]
+    rank = tl.load(rank_ptr + layer * adapters + adapter, mask=layer < layers, other=0)
+    if UP:  # [N of the layer, rank], as B
+        out = out_ptr + chunk.to(tl.int64) * N * R + first * R + (n - first)[:, None] * rank[None, :] + index[None, :]
+    else:  # [rank, N], as A
+        out = out_ptr + (layer + chunk.to(tl.int64) * layers)[None, :] * (N * R) + index[None, :] * N + n[:, None]
     tl.store(out, acc, mask=inside[:, None] & (index < rank)[None, :])
 
 
@@ -205,6 +217,21 @@ def _add_chunks(part_ptr, out_ptr, first_ptr, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + adapter.to(tl.int64) * size + at, acc, mask=inside)
 
 
+OUTER_COLUMNS = 128
+"""Features of one program of ``outer``."""
+
+
+def blocks(widths: Sequence[int]) -> Tensor:
+    """How the features of layers that stand side by side are cut for ``outer``, so that none has two layers': int32 [4,
+    blocks]: the first feature of the layer, the first and the end of the block, and the layer."""
+    found, first = [], 0
+    for layer, width in enumerate(widths):
+        for start in range(first, first + width, OUTER_COLUMNS):
+            found.append((first, start, min(start + OUTER_COLUMNS, first + width), layer))
+        first += width
+    return torch.tensor(found, dtype=torch.int32).t().contiguous()
+
+
 def outer(
     x: Tensor,
     low: Tensor,
@@ -213,12 +240,14 @@ def outer(
     ranks: Tensor,
     rank: int,
     *,
-    by_rank: bool,
+    by_layer: Tensor | None = None,
     row_scale: Tensor | None = None,
     options: dict[str, int] | None = None,
 ) -> Tensor:
-    """The gradients ``X^T low`` of every adapter and layer in float32, [n, L, N * R]: each a matrix [N, r], or [r, N]
-    with ``by_rank``, packed at the start of its place for its own rank r; the rest of the place is not written.
+    """The gradients ``X^T low`` of every adapter and layer in float32. Of layers that share X, [n, L, N * R]: each a
+    matrix [r, N], as A. Of layers whose outputs stand side by side in X, ``by_layer`` (see ``blocks``): [n, N * R], for
+    each its [N of the layer, r], as B, at R times its first feature. Each is packed for its own rank r at the start of
+    its place; the rest of the place is not written.
 
     Args:
         x: [M, N] in 16 bits, or in int8 with ``row_scale`` float32 [M]; low: 16 bits [M, C]. Features contiguous, rows
@@ -227,19 +256,24 @@ def outer(
         first: int32 [n + 1], the first chunk of each adapter; None when each adapter has exactly one.
         ranks: int32 [L, n]; rank: R.
     """
-    width, (layers, adapters), columns = x.shape[1], ranks.shape, low.shape[1]
+    width, (layers, adapters) = x.shape[1], ranks.shape
+    columns = low.shape[1] if by_layer is None else rank
     block = min(64, columns)
-    chosen = options or {"BT": 64, "BN": 128, "num_warps": 4, "num_stages": 4}
-    parts = torch.empty(chunks.shape[1], layers, width * rank, dtype=torch.float32, device=x.device)
-    launch: Any = _outer[(chunks.shape[1], triton.cdiv(width, chosen["BN"]), columns // block)]
-    x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [chosen["BT"], chosen["BN"]])
+    chosen = options or {"BT": 64, "num_warps": 4, "num_stages": 4}
+    size = (layers if by_layer is None else 1) * width * rank
+    parts = torch.empty(chunks.shape[1], size, dtype=torch.float32, device=x.device)
+    count = triton.cdiv(width, OUTER_COLUMNS) if by_layer is None else by_layer.shape[1]
+    launch: Any = _outer[(chunks.shape[1], count, columns // block)]
+    x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [chosen["BT"], OUTER_COLUMNS])
     low_desc = TensorDescriptor(low, list(low.shape), [low.stride(0), 1], [chosen["BT"], block])
-    launch(x_desc, low_desc, x, low, row_scale, parts, ranks, chunks, width, rank, layers, x.stride(0), low.stride(0),
-           adapters, chunks.shape[1], CB=block, BY_RANK=by_rank, INT8=row_scale is not None, **chosen)  # fmt: skip
+    launch(
+        x_desc, low_desc, x, low, row_scale, parts, ranks, chunks, by_layer, width, rank, layers, x.stride(0),
+        low.stride(0), adapters, chunks.shape[1], count, BN=OUTER_COLUMNS, CB=block, UP=by_layer is not None,
+        INT8=row_scale is not None, **chosen,
+    )  # fmt: skip
     if first is None:
         return parts
-    out = torch.empty(adapters, layers, width * rank, dtype=torch.float32, device=x.device)
-    size = layers * width * rank
+    out = torch.empty(adapters, size, dtype=torch.float32, device=x.device)
     add: Any = _add_chunks[(adapters, triton.cdiv(size, 4096))]
     add(parts, out, first, size, BLOCK=4096)
     return out

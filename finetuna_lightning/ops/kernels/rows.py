@@ -80,8 +80,8 @@ def quantize(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 @triton.jit
-def _transpose(x_ptr, y_ptr, rows, columns, stride_x, stride_y, BLOCK: tl.constexpr):
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _transpose_one(x_ptr, y_ptr, block, rows, columns, stride_x, stride_y, BLOCK: tl.constexpr):
+    r = block * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = (r < rows)[:, None] & (c < columns)[None, :]
     x = tl.load(x_ptr + r.to(tl.int64)[:, None] * stride_x + c[None, :], mask=live, other=0)
@@ -89,11 +89,28 @@ def _transpose(x_ptr, y_ptr, rows, columns, stride_x, stride_y, BLOCK: tl.conste
     tl.store(y_ptr + c.to(tl.int64)[:, None] * stride_y + r[None, :], x.T, mask=live)
 
 
-def transpose(codes: Tensor, out: Tensor) -> Tensor:
-    """Fill ``out`` [columns, rows], contiguous along its last dimension, with ``codes`` [rows, columns] turned."""
-    rows, columns = codes.shape
-    launch: Any = _transpose[(triton.cdiv(rows, 128), triton.cdiv(columns, 128))]
-    launch(codes, out, rows, columns, codes.stride(0), out.stride(0), BLOCK=128, num_warps=8)
+@triton.jit
+def _transpose(a_ptr, b_ptr, c_ptr, y_ptr, rows_a, rows_b, rows_c, columns, stride_x, stride_y, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    blocks_a = tl.cdiv(rows_a, BLOCK)
+    blocks_b = tl.cdiv(rows_b, BLOCK)
+    if pid < blocks_a:
+        _transpose_one(a_ptr, y_ptr, pid, rows_a, columns, stride_x, stride_y, BLOCK)
+    elif pid < blocks_a + blocks_b:
+        _transpose_one(b_ptr, y_ptr + rows_a, pid - blocks_a, rows_b, columns, stride_x, stride_y, BLOCK)
+    else:
+        pid -= blocks_a + blocks_b
+        _transpose_one(c_ptr, y_ptr + rows_a + rows_b, pid, rows_c, columns, stride_x, stride_y, BLOCK)
+
+
+def transpose(codes: Sequence[Tensor]) -> Tensor:
+    """One to three matrices [rows, columns] turned, side by side: [columns, all rows]."""
+    columns, rows = codes[0].shape[1], [part.shape[0] for part in codes]
+    out = torch.empty(columns, sum(rows), dtype=codes[0].dtype, device=codes[0].device)
+    a, b, c = (*codes, codes[0], codes[0])[:3]
+    counts = (*rows, 0, 0)[:3]
+    launch: Any = _transpose[(sum(triton.cdiv(count, 128) for count in counts), triton.cdiv(columns, 128))]
+    launch(a, b, c, out, *counts, columns, codes[0].stride(0), out.stride(0), BLOCK=128, num_warps=8)
     return out
 
 
