@@ -14,7 +14,6 @@ from finetuna_lightning.simulation import (
     FIRST_BACKWARD,
     FORWARD,
     HEAD,
-    HEAD_BACKWARD,
     LAST_BACKWARD,
     STEP,
     Ledger,

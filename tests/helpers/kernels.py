@@ -117,7 +117,8 @@ def check_rotate(case: Case) -> None:
     given = [case.random(batch, tokens, count, size) for count in (heads, kv, kv)]
     doubles = [part.double().requires_grad_() for part in given]
     wanted = [exact(doubles[0]), exact(doubles[1]), doubles[2] * 1]
-    grads = [case.random(batch, count, tokens, size).transpose(1, 2) for count in (heads, kv, kv)]  # as attention has them
+    # as attention has them
+    grads = [case.random(batch, count, tokens, size).transpose(1, 2) for count in (heads, kv, kv)]
     for y, grad in zip(wanted, grads, strict=True):
         y.backward(grad.double())
     whole = torch.empty(batch * tokens, (heads + 2 * kv) * size, dtype=case.dtype, device=case.device)
