@@ -277,11 +277,17 @@ def _simulated(run: _Run, rows: str, layers: tuple[str, nn.ModuleList] | None, c
         inner: Any = model.config
         if run.backbone.task == "sequence-classification" and inner.pad_token_id is None:
             inner.pad_token_id = 0
+        batch = _batch(run, rows)
         trained = {name: [p for p in bank[name].parameters() if p.requires_grad] for name in bank}
         return simulate(
-            partial(_loss, module, _batch(run, rows)), trained, _list(model, path),
+            partial(_loss, module, batch), trained, _list(model, path), prepare=partial(_assume_head, module, batch),
             accumulating=[name for name, config in run.adapters.items() if config.accumulate > 1], gpu=run.gpu,
         )  # fmt: skip
+
+
+def _assume_head(module: MultiAdapterModule, batch: Any) -> None:
+    if module.task == "causal-lm":
+        module._fused_head().assume(lambda: module._pass(batch, training=False, bare=True).logits)
 
 
 def _list(model: nn.Module, path: str) -> nn.ModuleList | None:
@@ -290,7 +296,7 @@ def _list(model: nn.Module, path: str) -> nn.ModuleList | None:
 
 
 def _loss(module: MultiAdapterModule, batch: Any) -> Tensor:
-    output = module(batch, training=True)
+    output = module._for_losses(batch, training=True)
     return torch.stack([total / count for _, total, count, _ in module.losses(output, batch)]).sum()
 
 

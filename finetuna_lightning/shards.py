@@ -279,8 +279,8 @@ class QuantizingStream:
         return reference.group_size(entry.shape[1], self.scheme, self.block_size)
 
     def quantize(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """``(codes [out, in], scale)`` of a matrix, as of ``reference.quantize``; ``not_finite`` tells the rest. None when
-        it was passed over: matrices come in their order, or not at all."""
+        """``(codes [out, in], scale)`` of a matrix, as of ``reference.quantize``; ``not_finite`` tells the rest. None
+        when it was passed over: matrices come in their order, or not at all."""
         if name not in self.left:
             return None
         while (first := self.left.popleft()) != name:

@@ -1,7 +1,8 @@
 """One training step on tensors without storage, and the bytes that it would hold at each point.
 
 torch's fake tensors run the code that a real step runs, autograd and recomputation included, but have shapes only. A
-ledger adds every new storage and takes it off when it is freed. What a kernel allocates inside itself is not seen."""
+ledger adds every new storage and takes it off when it is freed. What a kernel allocates inside itself is not seen, but
+for logsumexp's."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetuna_lightning.errors import BackboneError
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import loss, reference
 
 FORWARD, HEAD, HEAD_BACKWARD = "forward pass of the layers", "head and loss", "backward pass of the head"
 LAST_BACKWARD, FIRST_BACKWARD = "backward pass of the last layer", "backward pass of the first layer"
@@ -100,6 +101,10 @@ class Ledger(TorchDispatchMode):
                 given = (other for other in tree_leaves((args, kwargs)) if isinstance(other, Tensor))
                 if all(other.untyped_storage()._cdata != leaf.untyped_storage()._cdata for other in given):
                     self._add(leaf)  # else it is a view of what stood before
+        if func is torch.ops.aten.logsumexp.default:  # of as many exponentials, which it frees again
+            self._sums["working"] += args[0].nbytes
+            self._measure()
+            self._sums["working"] -= args[0].nbytes
         return out
 
     def enter(self, phase: str) -> None:
@@ -198,7 +203,7 @@ def like_layers(model: nn.Module, same: Callable[[Sequence[str]], bool]) -> tupl
     return found[0] if types is None or len(set(types)) == 1 else None
 
 
-# ---- attention on a GPU ---------------------------------------------------------------------------------------------
+# ---- as on a GPU -----------------------------------------------------------------------------------------------------
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -224,36 +229,42 @@ class _FlashAttention(torch.autograd.Function):
 
 
 @contextmanager
-def _gpu_attention(on: bool) -> Iterator[None]:
-    """Within, ``scaled_dot_product_attention`` is a fused kernel's. On tensors that lie nowhere torch would choose as
-    for the CPU, or on a machine without CUDA not at all."""
-    own = torch.nn.functional.scaled_dot_product_attention
-    if on:
+def _as_on(gpu: bool) -> Iterator[None]:
+    """Within, ``scaled_dot_product_attention`` is a fused kernel's and the loss is cut as on a GPU, though tensors that
+    lie nowhere are the CPU's to torch; or, for the CPU, some token of each adapter has no label, as is usual: which,
+    such tensors cannot say."""
+    own = torch.nn.functional.scaled_dot_product_attention, loss.on_host, loss.rows_that_count, loss.cross_entropy_
+    if gpu:
         torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FlashAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        loss.on_host = lambda x: False
+        loss.cross_entropy_ = lambda *_: None  # Triton's writes over the logits
+    loss.rows_that_count = lambda labels: torch.arange(len(labels) - 1)
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = own
+        torch.nn.functional.scaled_dot_product_attention, loss.on_host, loss.rows_that_count, loss.cross_entropy_ = own
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
 
 
 def simulate(
-    loss: Callable[[], Tensor],
+    total_loss: Callable[[], Tensor],
     parameters: Mapping[str, Sequence[nn.Parameter]],
     layers: nn.ModuleList | None,
     *,
+    prepare: Callable[[], None] = lambda: None,
     accumulating: Sequence[str] = (),
     gpu: bool = False,
 ) -> StepBytes:
-    """One step after the first, under ``fake_mode``: the gradients of the step before stand until the loss is there
-    (Lightning frees them then), those of adapters that accumulate stand for longer.
+    """One step after the first, under ``fake_mode``: the gradients of a step that was taken are gone
+    (``AdapterOptimizers.release``), those of adapters that accumulate stand from the beginning.
 
     Args:
-        loss: the forward pass.
+        total_loss: the forward pass.
         parameters: what is trained, by adapter.
         layers: the model's; without them the backward pass is one phase.
+        prepare: called before the step, for what a run does once.
         accumulating: adapters that take several batches to a step.
         gpu: count as torch's allocator for CUDA does, with its attention kernels.
 
@@ -261,21 +272,22 @@ def simulate(
         BackboneError: when the forward pass asks for values and not only for shapes, or fails.
     """
     ledger = Ledger(_CUDA_UNIT if gpu else 1)
-    handles = _mark_layers(ledger, layers)
+    handles: list[Any] = []
     every = [parameter for own in parameters.values() for parameter in own]
-    for parameter in every:
-        handles.append(parameter.register_post_accumulate_grad_hook(_count_gradient(ledger)))
     try:
-        with _silent(), _gpu_attention(gpu), ledger:
-            for parameter in every:
+        with _silent(), _as_on(gpu):
+            prepare()
+        handles += _mark_layers(ledger, layers)
+        for parameter in every:
+            handles.append(parameter.register_post_accumulate_grad_hook(_count_gradient(ledger)))
+        with _silent(), _as_on(gpu), ledger:
+            standing = [parameter for name in accumulating for parameter in parameters[name]]
+            for parameter in standing:
                 parameter.grad = torch.empty_like(parameter)
-            ledger.count([p.grad for p in every if p.grad is not None], "gradients")
+            ledger.count([p.grad for p in standing if p.grad is not None], "gradients")
             ledger.enter(FORWARD)
-            total = loss()
+            total = total_loss()
             ledger.keep()
-            for name, own in parameters.items():
-                for parameter in own if name not in accumulating else ():
-                    parameter.grad = None
             ledger.enter(HEAD_BACKWARD)
             torch.autograd.backward(total)
             del total

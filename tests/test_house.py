@@ -85,7 +85,10 @@ ORDER = list(FLOORS)
 
 # Who may import a library that is kept to a few rooms.
 LIGHTNING_FLOOR = 5
-TRANSFORMERS_ROOMS = {"attention.py", "backbone.py", "fusing.py", "loading.py", "quickstart/pretrain.py", "training/tokenizing.py"}
+TRANSFORMERS_ROOMS = {
+    *("attention.py", "backbone.py", "fusing.py", "loading.py"),
+    *("quickstart/pretrain.py", "training/tokenizing.py"),
+}
 OPS_LIBRARIES = {"torch", "triton"}
 NOWHERE = {"peft"}
 

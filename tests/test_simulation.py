@@ -14,7 +14,6 @@ from finetuna_lightning.simulation import (
     FIRST_BACKWARD,
     FORWARD,
     HEAD,
-    HEAD_BACKWARD,
     LAST_BACKWARD,
     STEP,
     Ledger,
@@ -78,14 +77,15 @@ def test_the_phases_of_a_step() -> None:
     rows, net = 4, Net(2).to("meta")
     with fake_mode():
         to_fake_(net, CPU)
-        x = torch.empty(rows, 8)
-        found = simulate(lambda: net(x).sum(), {"a": list(net.parameters())}, net.layers)
+        x, own = torch.empty(rows, 8), {"a": list(net.parameters())}
+        found = simulate(lambda: net(x).sum(), own, net.layers)
+        accumulated = simulate(lambda: net(x).sum(), own, net.layers, accumulating=["a"])
     weights = 4 * sum(p.numel() for p in net.parameters())
     layer, hidden = 4 * rows * 16, 4 * rows * 8
     # of the layers' inputs, x itself stood before; the sum that the head reads; the loss
     assert found.kept == 2 * layer + 2 * hidden + 4
-    assert found.phases[FORWARD].gradients == found.phases[HEAD].gradients == weights
-    assert found.phases[HEAD_BACKWARD].gradients <= 4 * (800 + 100)  # those of the step before are freed
+    assert found.phases[FORWARD].gradients == found.phases[HEAD].gradients == 0  # those of the step before are freed
+    assert accumulated.phases[FORWARD].gradients == accumulated.phases[HEAD].gradients == weights
     assert found.phases[FIRST_BACKWARD].gradients > found.phases[LAST_BACKWARD].gradients
     assert found.phases[FIRST_BACKWARD].kept < found.phases[LAST_BACKWARD].kept
     assert found.phases[STEP] == Phase(weights, 0, 0)

@@ -45,7 +45,9 @@ class _Side:
         dtype: of its products.
     """
 
-    def __init__(self, deltas: Sequence[LoRALinear | None], spans: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, deltas: Sequence[LoRALinear | None], spans: Sequence[tuple[int, int]], dtype: torch.dtype
+    ) -> None:
         self.layers = [index for index, delta in enumerate(deltas) if delta is not None]
         own = [delta for delta in deltas if delta is not None]
         self.ranks, self.scalings = [delta.rank for delta in own], [delta.scaling for delta in own]
@@ -59,7 +61,8 @@ class _Side:
         """Add the deltas to the layers' outputs; ``x A^T`` of each span."""
         lows = [x[start:stop] @ self.a.t() for start, stop in self.spans]
         for (start, stop), low in zip(self.spans, lows, strict=True):
-            for index, part, b, scaling in zip(self.layers, low.split(self.ranks, 1), self.b, self.scalings, strict=True):
+            parts = low.split(self.ranks, 1)
+            for index, part, b, scaling in zip(self.layers, parts, self.b, self.scalings, strict=True):
                 outputs[index][start:stop].addmm_(part, b.t(), alpha=scaling)
         return lows
 

@@ -67,9 +67,9 @@ class PackedMask:
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor | None:
-    """Plain causal attention within each sequence of a packed row on a GPU, in one call: sequences of one length as rows
-    of a batch, without copying them together; others by the ragged form of flash attention, which reads no row beyond a
-    sequence's own. None where neither is to be had: in 32 bits, or on another device.
+    """Plain causal attention within each sequence of a packed row on a GPU, in one call: sequences of one length as
+    rows of a batch, without copying them together; others by the ragged form of flash attention, which reads no row
+    beyond a sequence's own. None where neither is to be had: in 32 bits, or on another device.
 
     Args:
         query [1, heads, tokens, D], key and value [1, fewer heads, tokens, D].
@@ -92,10 +92,10 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence
         return out.transpose(1, 2).reshape(1, -1, query.shape[1], size)
     starts, longest = _starts(tuple(lengths), query.device), max(lengths)
     q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))  # a select's gradient is a copy
-    out = torch.ops.aten._flash_attention_forward(
+    ragged: Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
     )[0]
-    return out[None]
+    return ragged[None]
 
 
 _PREFERRED = [

@@ -286,16 +286,16 @@ class _Routed(nn.Module):
 def joint_parts(
     layers: Sequence[nn.Module], x: Tensor
 ) -> tuple[Tiling, list[list[LoRALinear | None]], list[QuantizedWeight], list[Tensor | None]] | None:
-    """What ``nn.joint`` needs to compute ``layers``, which share the rows of x [..., features]: whose rows they are, the
-    deltas, weights and biases. None where they have to be called one by one: a layer that is not quantised, trained in
-    full or hooked, a delta with dropout in force or a bias, or a device without the kernels."""
-    if x.device.type != "cpu" and not has_joint_kernels(x.device):
+    """What ``nn.joint`` needs to compute ``layers``, which share the rows of x [..., features]: whose rows they are,
+    the deltas, weights and biases. None where they have to be called one by one: a layer that is not quantised, trained
+    in full or hooked, a delta with dropout in force or a bias, a device without the kernels, or torch.compile, which
+    has kernels of its own and would take the tables made here for constants."""
+    if torch.compiler.is_compiling() or (x.device.type != "cpu" and not has_joint_kernels(x.device)):
         return None
-    if not all(isinstance(layer, QuantizedLinear) and not is_observed(layer) for layer in layers):
-        return None
-    weights = [layer.quantized for layer in layers]  # type: ignore[union-attr]
-    biases: list[Tensor | None] = [layer.bias for layer in layers]  # type: ignore[misc]
-    if not joint.takes(x, weights, biases):
+    known = [layer for layer in layers if isinstance(layer, QuantizedLinear) and not is_observed(layer)]
+    weights = [layer.quantized for layer in known]
+    biases: list[Tensor | None] = [layer.bias for layer in known]
+    if len(known) != len(layers) or not joint.takes(x, weights, biases):
         return None
     vectors = x.numel() // x.shape[-1]
     bank = next((layer._finetuna_bank for layer in layers if isinstance(layer, _Routed)), None)
@@ -318,7 +318,7 @@ def joint_parts(
         for name, delta in zip(cut.names, own, strict=True):
             if delta is not None and not (isinstance(delta, LoRALinear) and joint.takes_delta(delta)):
                 return None
-            dropping = delta is not None and delta.dropout > 0  # type: ignore[operator, union-attr]
+            dropping = delta is not None and delta.dropout > 0  # type: ignore[operator]
             if dropping and (delta.training if route is None else route.seeds.get(name) is not None):  # type: ignore[union-attr]
                 return None
             if delta is not None and route is None:

@@ -51,7 +51,7 @@ def has_triton(device: torch.device) -> bool:
 
 @cache
 def has_joint_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels of ``ops.kernels`` for joint layers run on ``device``: they use Hopper's bulk copies."""
+    """Whether the Triton kernels of ``ops.kernels`` for joint layers run on ``device``, with Hopper's bulk copies."""
     return has_triton(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -164,7 +164,8 @@ def quantized_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if compute == "int8" and scheme == "int8" and x.numel() and has_joint_kernels(x.device) and x.dtype != torch.float32:
+    in_int8 = compute == scheme == "int8"
+    if in_int8 and x.numel() and has_joint_kernels(x.device) and x.dtype != torch.float32:
         if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
             return _Int8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
         _say_not_8bit(tuple(codes.shape), "int8")
@@ -172,7 +173,7 @@ def quantized_linear(
         if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
             return _Fp8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
         _say_not_8bit(tuple(codes.shape), "float8")
-    if compute == "int8" and scheme == "int8" and x.device.type == "cpu":
+    if in_int8 and x.device.type == "cpu":
         return cpu.int8_linear(x, codes, scale, bias)
     return _QuantizedLinear.apply(x, codes, scale, bias, scheme, block_size)  # type: ignore[no-any-return, no-untyped-call]
 

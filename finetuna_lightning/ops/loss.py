@@ -36,6 +36,11 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether products with ``x`` are few and small at little cost, and values can be asked for without a wait."""
+    return x.device.type == "cpu"
+
+
 def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
     """Write the cross entropy of each row into ``losses`` and, with ``gradient``, its derivative over ``logits``.
 
@@ -79,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for size in parts:
             cut, stop = slice(stop, stop + size), stop + size
             own = hidden[cut], labels[cut], weight, bias, chunk, losses[cut], None if slopes is None else slopes[cut]
-            if hidden.device.type == "cpu":
+            if on_host(hidden):
                 _counted_rows(*own)
             else:
                 _by_chunk(*own)
@@ -95,10 +100,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (slopes * weights[:, None]).to(slopes.dtype), None, None, None, None, None, None
 
 
+def rows_that_count(labels: Tensor) -> Tensor:
+    """The rows whose loss is wanted."""
+    return (labels != IGNORED).nonzero().squeeze(1)
+
+
 def _counted_rows(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, chunk: int,
                   losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
     """``_by_chunk`` of the rows that count alone: only the host's own memory can be asked which without a wait."""
-    rows = (labels != IGNORED).nonzero().squeeze(1)
+    rows = rows_that_count(labels)
     if len(rows) == len(labels):
         _by_chunk(hidden, labels, weight, bias, chunk, losses, slopes)
         return
@@ -162,7 +172,7 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("the head requires grad, but only the gradient of its input is computed here")
     if chunk is None:
-        chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
+        chunk = CPU_CHUNK if on_host(hidden) else CHUNK
     parts = [labels.numel()] if parts is None else list(parts)
     fit = sum(parts) == labels.numel() and min(parts, default=0) >= 0 and chunk >= 1
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1] or not fit:

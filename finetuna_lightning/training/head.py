@@ -14,16 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetuna_lightning.adapters import AdapterBank, output_head
 from finetuna_lightning.errors import RouteError
 from finetuna_lightning.nn.quantized import QuantizedLinear
 from finetuna_lightning.nn.routing import Route, active_route, routed
+from finetuna_lightning.ops import loss
 from finetuna_lightning.ops.loss import linear_cross_entropy
 
 _PROBE = (2, 5)  # sequences and tokens that a model is tried with
 _PROBE_SIZE = 100.0  # of what is given out as logits: a soft cap shows on numbers as large
 _NOISE = {torch.float32: 1e-3, torch.float64: 1e-3}  # how far two ways to one loss may lie apart; else 5%
+
+_MORE = "it does more to its logits than to scale them"
+_MOVES = frozenset({"_to_copy", "view", "_unsafe_view", "reshape", "slice", "alias", "clone", "detach"})
+_SCALES = frozenset({"mul", "div", "mul_", "div_"})
 
 
 @dataclass
@@ -92,7 +98,7 @@ class HeadInput:
 def _of_head(head: nn.Linear, hidden: Tensor, labels: Tensor, sizes: list[int] | None = None) -> Tensor:
     """The loss of each token; ``sizes``: the tokens of each adapter."""
     # apart, an adapter's products are those of it alone to the last bit; many small ones would be slow on a GPU
-    parts = sizes if hidden.device.type == "cpu" else None
+    parts = sizes if loss.on_host(hidden) else None
     if not isinstance(head, QuantizedLinear):
         return linear_cross_entropy(hidden, labels, head.weight, bias=head.bias, parts=parts)
     q = head.quantized
@@ -130,6 +136,24 @@ class FusedHead:
                 self._obstacle = self._try(head)
             self._tried = head
         return self._obstacle
+
+    @torch.no_grad()
+    def assume(self, logits: Callable[[], Tensor]) -> None:
+        """For tensors without values, on which nothing can be tried: take the head for one that can be left out where
+        only what scales follows it, as ``logits()``, a pass of the bare model, shows."""
+        head, after = output_head(self._backbone), _After()
+        if not isinstance(head, nn.Linear):
+            return
+
+        def instead(hidden: Tensor) -> Tensor:
+            after.begun = True
+            return hidden
+
+        with _replaced(head, instead) as seen, after:
+            given = logits()
+        whole = len(seen) == 1 and given.shape == seen[0].shape
+        self._tried, self._passes_on = head, whole and after.seen <= _MOVES
+        self._obstacle = None if whole and after.seen <= _MOVES | _SCALES else _MORE
 
     def suits(self, names: Sequence[str]) -> bool:
         """Whether a batch of these adapters can go without the head: some of them leave it as it is, and no other has a
@@ -207,7 +231,7 @@ class FusedHead:
                 after = model(input_ids=ids, use_cache=False).logits
             at = probe.abs().argmax()
             if after.shape != probe.shape or not _close(after, probe * (after.flatten()[at] / probe.flatten()[at])):
-                return "it does more to its logits than to scale them"
+                return _MORE
             self._passes_on = torch.equal(after.to(dtype), probe)
             logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
             whole = F.cross_entropy(logits.float(), labels.flatten(), reduction="none")
@@ -218,6 +242,20 @@ class FusedHead:
             lines = str(error).splitlines()
             return f"it was tried without its head: {type(error).__name__}{': ' + lines[0] if lines else ''}"
         return None
+
+
+class _After(TorchDispatchMode):
+    """Which operators run from ``begun`` on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.begun = False
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.begun:
+            self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

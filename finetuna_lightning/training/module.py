@@ -597,7 +597,7 @@ class MultiAdapterModule(LightningModule):
         live.warn_of_joint_accumulation(self)
         live.retire(self)
         gc.collect()
-        gc.freeze()  # or a step now and then waits while Python looks for garbage among what stays (32 ms on an 8B model)
+        gc.freeze()  # or Python now and then looks for garbage among what stays (32 ms of a step on an 8B model)
 
     def on_train_end(self) -> None:
         """Python's collector looks at everything again."""

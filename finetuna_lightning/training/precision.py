@@ -36,8 +36,8 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def has_int8(device: torch.device) -> bool:
-    """Whether ``device`` multiplies matrices in int8 here: a CUDA GPU of compute capability 9.0 or newer where Triton is
-    installed, or a CPU with AMX or VNNI."""
+    """Whether ``device`` multiplies matrices in int8 here: a CUDA GPU of compute capability 9.0 or newer where Triton
+    is installed, or a CPU with AMX or VNNI."""
     return has_joint_kernels(device) or cpu.has_int8(device)
 
 
@@ -89,8 +89,8 @@ class EightBitPrecision(Precision):
                 quantized.compute = "16bit"
             elif self.compute == "auto":
                 at = device or quantized.codes.device
-                wide = quantized.dtype == torch.float32
-                quantized.compute = "int8" if quantized.scheme == "int8" and not wide and has_joint_kernels(at) else "16bit"
+                narrow = quantized.scheme == "int8" and quantized.dtype != torch.float32
+                quantized.compute = "int8" if narrow and has_joint_kernels(at) else "16bit"
             else:
                 quantized.compute = self.compute
 

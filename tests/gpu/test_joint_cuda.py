@@ -74,7 +74,7 @@ def run(
     compute: str, names: Sequence[str] = tuple(RANKS), *, fuse: bool = True, dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda", recompute: bool = False, poison: str | None = None, rows: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """By adapter, the logits of its tokens in a packed pass (or, with ``rows``, of one row each), and every gradient."""
+    """By adapter, the logits of its tokens in a packed pass (or, with ``rows``, of one row each); every gradient."""
     model = llama().to(device)
     cast_(model, dtype)
     for name, quantized in quantized_layers(model).items():
