@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedWeight
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import cpu_rows, reference
 from finetuna_lightning.ops.library import has_joint_kernels
 from finetuna_lightning.ops.tiling import Tiling
 
@@ -570,8 +569,7 @@ def swiglu(
     """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down; with ``norm``, of
     x's RMSNorm, and x is added."""
     if x.device.type == "cpu":
-        gate, up = joint_cpu.layers(x, weights[:2], [None, None], deltas[:2], tiling.spans)
-        return joint_cpu.layers(functional.silu(gate) * up, weights[2:], [None], deltas[2:], tiling.spans)[0]
+        return joint_cpu.swiglu(x, weights, deltas, tiling.spans)
     plan = _Plan([deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
     flat = _rows(x.reshape(-1, x.shape[-1]))
     out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters())  # type: ignore[no-untyped-call]
@@ -601,14 +599,20 @@ class _Norm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of x [..., d] with a frozen weight, in one pass each way."""
     flat = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu":
+        return cpu_rows.rms_norm(flat, weight, eps).view(x.shape)
     return _Norm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def takes_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type."""
+    """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type. On
+    the CPU, ``ops.cpu_rows`` does."""
+    if x.device.type == "cpu":
+        known = x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    else:
+        known = has_joint_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16)
     return (
-        has_joint_kernels(x.device)
-        and x.dtype in (torch.bfloat16, torch.float16)
+        known
         and weight.dtype == x.dtype
         and not weight.requires_grad
         and x.stride(-1) == 1

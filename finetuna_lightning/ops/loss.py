@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import cpu_rows, reference
 
 IGNORED = -100
 CHUNK, CPU_CHUNK = 2048, 512  # tokens whose logits stand at a time
-PIECE = 256  # of these, tokens whose logits stand in float32, where there is no kernel
+PIECE_ELEMENTS = 1 << 19  # of logits in float32 at a time, where there is no kernel: they stay in the CPU's cache
 
 
 @cache
@@ -49,8 +49,9 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: boo
 
         kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
     else:
-        for first in range(0, logits.shape[0], PIECE):
-            cut = slice(first, first + PIECE)
+        step = max(1, PIECE_ELEMENTS // max(logits.shape[1], 1))
+        for first in range(0, logits.shape[0], step):
+            cut = slice(first, first + step)
             _cross_entropy_piece_(logits[cut], labels[cut], losses[cut], gradient)
 
 
@@ -176,9 +177,12 @@ def linear_cross_entropy(
     flat, targets, shape = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous(), labels.shape
     dtype = flat.dtype
     with torch.no_grad():
-        matrix = (
-            weight.to(dtype) if scheme is None else reference.dequantize(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
-        )
+        if scheme is None:
+            matrix = weight.to(dtype)
+        elif scheme == "int8" and weight.device.type == "cpu" and scale is not None:
+            matrix = cpu_rows.dequantize_rows_(weight, scale, torch.empty(weight.shape, dtype=dtype))
+        else:
+            matrix = reference.dequantize(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
         added = None if bias is None else bias.to(dtype)
     losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, parts, chunk, gradient)  # type: ignore[no-untyped-call]
     return losses.view(shape)

@@ -1,0 +1,91 @@
+"""Causal attention of short sequences on the CPU, as batched products (AMX tiles where there are such).
+
+torch's own flash kernel for the CPU saves the weights ``P = softmax(scale Q K^T)`` and takes several times as long
+where sequences are short, most of all backwards. Here P [sequences, heads, T, T] is kept, in the activations' type:
+
+    O = P V        dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = scale dS K      dK = scale dS^T Q
+
+A sequence's products have the same shape in any company, so that its results are the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LONGEST = 256  # tokens of a sequence: P of longer ones takes more memory than the layer's other activations
+PIECE_ELEMENTS = 1 << 21  # of P at a time
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether ``attend`` is for these [B, H, T, D]: of a CPU, bfloat16, as many keys as queries,
+    short. (In float32 torch's own is faster.)"""
+    same = query.dtype == key.dtype == value.dtype == torch.bfloat16
+    shapes = query.shape[-2:] == key.shape[-2:] and key.shape == value.shape and query.shape[1] % key.shape[1] == 0
+    own = query.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return own and same and shapes and 0 < query.shape[-2] <= LONGEST and query.numel() > 0
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        batch, heads, tokens, size = query.shape
+        shared = heads // key.shape[1]
+        weights = torch.empty(batch, heads, tokens, tokens, dtype=query.dtype)
+        out = torch.empty(batch, tokens, heads, size, dtype=query.dtype)
+        mask = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype).triu_(1)
+        for cut in _pieces(batch, heads * tokens * tokens):
+            q, k, v = _flat(query[cut]), _flat(key[cut], shared), _flat(value[cut], shared)
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+            own = weights[cut].view(scores.shape)
+            torch.softmax(scores, -1, out=own)
+            out[cut] = torch.bmm(own, v).view(-1, heads, tokens, size).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, weights = ctx.saved_tensors
+        batch, heads, tokens, size = query.shape
+        shared = heads // key.shape[1]
+        # laid out as the tokens of q, k and v are, side by side
+        found = [torch.empty(batch, tokens, x.shape[1], size, dtype=x.dtype) for x in (query, key, value)]
+        for cut in _pieces(batch, heads * tokens * tokens):
+            q, k, v = _flat(query[cut]), _flat(key[cut], shared), _flat(value[cut], shared)
+            own, g = weights[cut].view(-1, tokens, tokens), _flat(grad[cut].transpose(1, 2))
+            slope = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), own, -1, own.dtype)
+            slope.mul_(ctx.scale)
+            each = torch.bmm(slope, k), torch.bmm(slope.transpose(1, 2), q), torch.bmm(own.transpose(1, 2), g)
+            for into, part, times in zip(found, each, (1, shared, shared), strict=True):
+                part = part.view(-1, heads // times, times, tokens, size)
+                into[cut] = (part.sum(2) if times > 1 else part.squeeze(2)).transpose(1, 2)
+        return (*(x.transpose(1, 2) for x in found), None)  # type: ignore[return-value]
+
+
+def _pieces(batch: int, each: int) -> list[slice]:
+    step = max(1, PIECE_ELEMENTS // each)
+    return [slice(start, start + step) for start in range(0, batch, step)]
+
+
+def _flat(heads: Tensor, shared: int = 1) -> Tensor:
+    """[B, H, T, D] as [B * H * shared, T, D], each head ``shared`` times."""
+    if shared > 1:
+        heads = heads.repeat_interleave(shared, 1)
+    return heads.reshape(-1, *heads.shape[-2:])
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``softmax(scale Q K^T) V``, each token looking at those before it and at itself.
+
+    Args:
+        query: [B, H, T, D]. key, value: [B, fewer heads, T, D], each head serving ``H / fewer`` of the queries' in turn.
+        scale: of the scores.
+
+    Returns:
+        [B, T, H, D].
+    """
+    return _Causal.apply(query, key, value, scale)  # type: ignore[no-any-return, no-untyped-call]
