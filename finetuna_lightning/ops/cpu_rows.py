@@ -89,14 +89,13 @@ def swiglu_backward(grad: Tensor, both: Tensor) -> Tensor:
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tensor:
-    """The rotary embedding of heads [T, H, size], in place; cos and sin [T, size], each half as the other. ``backward``
-    turns the other way."""
+    """The rotary embedding ``x cos + rotate_half(x) sin`` of heads [T, H, size], in place; cos and sin [T, size].
+    ``backward``: of the gradient instead."""
     half = heads.shape[-1] // 2
     for cut in pieces(heads.shape[0], heads.shape[1] * heads.shape[2]):
         first, second = heads[cut, :, :half], heads[cut, :, half:]
-        c, s = cos[cut, None, :half], sin[cut, None, :half]
-        s = -s if backward else s
-        turned = first * s
-        first.mul_(c).addcmul_(second, s, value=-1)
-        second.mul_(c).add_(turned)
+        (c, other_c), (s, other_s) = ((table[cut, None, :half], table[cut, None, half:]) for table in (cos, sin))
+        turned = first * (s if backward else other_s)
+        first.mul_(c).addcmul_(second, other_s if backward else s, value=1 if backward else -1)
+        second.mul_(other_c).add_(turned, alpha=-1 if backward else 1)
     return heads
