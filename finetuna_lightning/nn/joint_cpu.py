@@ -84,11 +84,13 @@ class _Plan:
         biases: of each, or None.
         deltas: by layer, that of each slot.
         spans: of the rows.
+        dtype: of the activations. In float32 each has its own product: the BLAS sums a batch of them in another order.
     """
 
     def __init__(
-        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None], deltas: Deltas, spans: Spans
-    ) -> None:
+        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None], deltas: Deltas, spans: Spans,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         self.weights, self.biases, self.deltas, self.spans = weights, biases, deltas, spans
         self.widths = [q.shape[0] for q in weights]
         self.runs: list[_Run] = []
@@ -97,7 +99,7 @@ class _Plan:
             last = self.runs[-1] if self.runs else None
             if stop == start or not any(form):
                 continue
-            if last is not None and (last.length, last.form) == (stop - start, form):
+            if last is not None and dtype != torch.float32 and (last.length, last.form) == (stop - start, form):
                 if last.start + last.length * len(last.slots) == start:
                     last.slots.append(slot)
                     continue
@@ -141,20 +143,28 @@ class _Plan:
             lows.append(low)
         return lows
 
-    def backward(self, x: Tensor | None, lows: Sequence[Tensor], grad: Tensor, grad_x: Tensor | None) -> list[Tensor]:
-        """Add to ``grad_x`` [T, d] what the deltas give for the outputs' ``grad`` [T, sum of N]; the gradients of
-        ``parameters``, in float32."""
-        found: dict[int, list[Tensor]] = {}
-        for run, low in zip(self.runs, lows, strict=True):
-            assert x is not None
-            own, inner = run.of(grad), self._inner(run, grad.dtype)
-            back = torch.bmm(own, self._outer(run, grad.dtype).transpose(1, 2)).mul_(_scalings(run, grad.dtype))
-            down = torch.bmm(back.transpose(1, 2), run.of(x)).float()
-            up = torch.bmm(low.transpose(1, 2), own)
+    def backward_low(self, grad: Tensor, grad_x: Tensor | None) -> list[Tensor]:
+        """``s dY B`` of each run, from the outputs' ``grad`` [T, sum of N]; what the deltas give is added to ``grad_x``
+        [T, d]."""
+        backs = []
+        for run in self.runs:
+            back = torch.bmm(run.of(grad), self._outer(run, grad.dtype).transpose(1, 2))
+            back.mul_(_scalings(run, grad.dtype))
             if grad_x is not None:
-                run.of(grad_x).baddbmm_(back, inner)
-            self._collect(run, down, up, found)
-        return [part for delta in self._own() for part in found.get(id(delta), self._none(delta))]
+                run.of(grad_x).baddbmm_(back, self._inner(run, grad.dtype))
+            backs.append(back)
+        return backs
+
+    def gradients(
+        self, x: Tensor | None, lows: Sequence[Tensor], grad: Tensor, backs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The gradients of ``parameters``, in float32."""
+        found: dict[int, list[Tensor]] = {}
+        for run, low, back in zip(self.runs, lows, backs, strict=True):
+            assert x is not None
+            down = torch.bmm(back.transpose(1, 2), run.of(x)).float()
+            self._collect(run, down, torch.bmm(low.transpose(1, 2), run.of(grad)), found)
+        return [part for delta in self._own() for part in found.get(id(delta)) or self._none(delta)]
 
     def _collect(self, run: _Run, down: Tensor, up: Tensor, found: dict[int, list[Tensor]]) -> None:
         row = column = 0
@@ -268,7 +278,8 @@ class _Layers(torch.autograd.Function):
         if ctx.rotary:
             _rotate_(grad, ctx.plan, ctx.rotary, backward=True)
         grad_x = _backward(grad, ctx.plan) if ctx.needs_input_grad[0] else None
-        return (grad_x, None, None, None, *ctx.plan.backward(x, lows, grad, grad_x))
+        backs = ctx.plan.backward_low(grad, grad_x)
+        return (grad_x, None, None, None, *ctx.plan.gradients(x, lows, grad, backs))
 
 
 def _rotate_(y: Tensor, plan: _Plan, rotary: tuple[Tensor, Tensor, int], backward: bool = False) -> None:
@@ -295,13 +306,14 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, both, *lows = ctx.saved_tensors
         first, last, grad = ctx.first, ctx.last, grad.contiguous()
-        grad_h = _backward(grad, last)
-        product = cpu_rows.swiglu(both) if last.runs else None
-        last_found = last.backward(product, lows[ctx.cut :], grad, grad_h)
-        grad_both = cpu_rows.swiglu_backward(grad_h, both)
+        h = _backward(grad, last)
+        backs = last.backward_low(grad, h)
+        grad_both, h = cpu_rows.swiglu_backward_(h, both)  # h is now what went into down
+        last_found = last.gradients(h, lows[ctx.cut :], grad, backs)
+        del h
         grad_x = _backward(grad_both, first) if ctx.needs_input_grad[0] else None
-        found = first.backward(x, lows[: ctx.cut], grad_both, grad_x)
-        return (grad_x, None, None, None, *found, *last_found)
+        backs = first.backward_low(grad_both, grad_x)
+        return (grad_x, None, None, None, *first.gradients(x, lows[: ctx.cut], grad_both, backs), *last_found)
 
 
 def _codes(x: Tensor, weights: Sequence[QuantizedWeight]) -> tuple[Tensor, Tensor] | None:
@@ -329,7 +341,7 @@ def layers(
     Returns:
         [..., N] for each layer, in x's type.
     """
-    flat, plan = x.reshape(-1, x.shape[-1]), _Plan(weights, biases, deltas, spans)
+    flat, plan = x.reshape(-1, x.shape[-1]), _Plan(weights, biases, deltas, spans, x.dtype)
     outputs = _Layers.apply(flat, _codes(x, weights), plan, rotary, *plan.parameters())  # type: ignore[no-untyped-call]
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -337,8 +349,8 @@ def layers(
 def swiglu(x: Tensor, weights: Sequence[QuantizedWeight], deltas: Deltas, spans: Spans) -> Tensor:
     """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down."""
     flat = x.reshape(-1, x.shape[-1])
-    first = _Plan(weights[:2], [None, None], deltas[:2], spans)
-    last = _Plan(weights[2:], [None], deltas[2:], spans)
+    first = _Plan(weights[:2], [None, None], deltas[:2], spans, x.dtype)
+    last = _Plan(weights[2:], [None], deltas[2:], spans, x.dtype)
     parameters = (*first.parameters(), *last.parameters())
     out: Tensor = _SwiGLU.apply(flat, _codes(x, weights), first, last, *parameters)  # type: ignore[no-untyped-call]
     return out.view(x.shape)

@@ -33,16 +33,16 @@ class _Causal(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, heads, tokens, size = query.shape
         shared = heads // key.shape[1]
+        q, k, v = (x.contiguous() for x in (query, key, value))
         weights = torch.empty(batch, heads, tokens, tokens, dtype=query.dtype)
         out = torch.empty(batch, tokens, heads, size, dtype=query.dtype)
         mask = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype).triu_(1)
         for cut in _pieces(batch, heads * tokens * tokens):
-            q, k, v = _flat(query[cut]), _flat(key[cut], shared), _flat(value[cut], shared)
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+            scores = torch.baddbmm(mask, _flat(q[cut]), _flat(k[cut], shared).transpose(1, 2), alpha=scale)
             own = weights[cut].view(scores.shape)
             torch.softmax(scores, -1, out=own)
-            out[cut] = torch.bmm(own, v).view(-1, heads, tokens, size).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, weights)
+            out[cut] = torch.bmm(own, _flat(v[cut], shared)).view(-1, heads, tokens, size).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
         return out
 
@@ -52,14 +52,17 @@ class _Causal(torch.autograd.Function):
         query, key, value, weights = ctx.saved_tensors
         batch, heads, tokens, size = query.shape
         shared = heads // key.shape[1]
-        # laid out as the tokens of q, k and v are, side by side
+        # laid out as the tokens of q, k and v are
         found = [torch.empty(batch, tokens, x.shape[1], size, dtype=x.dtype) for x in (query, key, value)]
         for cut in _pieces(batch, heads * tokens * tokens):
             q, k, v = _flat(query[cut]), _flat(key[cut], shared), _flat(value[cut], shared)
             own, g = weights[cut].view(-1, tokens, tokens), _flat(grad[cut].transpose(1, 2))
             slope = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), own, -1, own.dtype)
-            slope.mul_(ctx.scale)
-            each = torch.bmm(slope, k), torch.bmm(slope.transpose(1, 2), q), torch.bmm(own.transpose(1, 2), g)
+            each = (
+                torch.baddbmm(q, slope, k, beta=0, alpha=ctx.scale),
+                torch.baddbmm(q, slope.transpose(1, 2), q, beta=0, alpha=ctx.scale),
+                torch.bmm(own.transpose(1, 2), g),
+            )
             for into, part, times in zip(found, each, (1, shared, shared), strict=True):
                 part = part.view(-1, heads // times, times, tokens, size)
                 into[cut] = (part.sum(2) if times > 1 else part.squeeze(2)).transpose(1, 2)

@@ -56,10 +56,12 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         out, wide_weight = torch.empty_like(x), weight.float()
-        for cut in pieces(*x.shape):
-            unit, own = x[cut] * rstd[cut], grad[cut] * wide_weight
-            along = torch.linalg.vecdot(own, unit)[:, None].div_(x.shape[1])
-            out[cut] = own.addcmul_(unit, along, value=-1).mul_(rstd[cut])
+        for cut in pieces(*x.shape):  # operands of one type: torch is many times slower where it has to convert one
+            wide, slope, own = x[cut].float(), grad[cut].float(), rstd[cut]
+            slope = slope * wide_weight if grad.dtype == torch.float32 else slope.mul_(wide_weight)
+            along = torch.linalg.vecdot(slope, wide)[:, None]
+            along.mul_(own.pow(3)).div_(x.shape[1])
+            out[cut] = slope.mul_(own).addcmul_(wide, along, value=-1)
         return out, None, None
 
 
@@ -77,15 +79,18 @@ def swiglu(both: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, both: Tensor) -> Tensor:
-    """The gradient of ``both``, from that of ``silu(gate) * up`` [rows, f]."""
+def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of ``both`` from ``grad``, that of ``silu(gate) * up`` [rows, f]; and, written over ``grad``,
+    ``silu(gate) * up`` again."""
     width = both.shape[1] // 2
     out = torch.empty_like(both)
     for cut in pieces(both.shape[0], width):
         gate, up, own = both[cut, :width], both[cut, width:], grad[cut]
+        opened = F.silu(gate)
         out[cut, :width] = torch.ops.aten.silu_backward(own * up, gate)
-        torch.mul(F.silu(gate), own, out=out[cut, width:])
-    return out
+        torch.mul(opened, own, out=out[cut, width:])
+        torch.mul(opened, up, out=own)
+    return out, grad
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tensor:
