@@ -4,11 +4,10 @@ The outputs of the layers stand side by side, and so do A and B of their deltas,
 them in each direction; neighbours that have as many rows and deltas of one form are one batched product, added to their
 rows by the very product that makes it. Deltas cost no pass over Y or dX, no copy and no concatenation.
 
-With ``compute="int8"`` X is quantised once for all of the layers, and sums are exact integers. With ``"16bit"`` the
-codes are read out into scratch, one direction of one group of layers at a time; its products go by pieces of an
-adapter's own rows. Either way an adapter's products have the shapes that they have alone, so that its results are the
-same bits (where adapters have few rows, and ``compute`` is ``"16bit"``, those of the frozen weight do not: see
-``_pieces``).
+With ``compute="int8"`` X is quantised once for all of the layers, and sums are exact integers; an adapter's products have
+the shapes that they have alone: its results are the same bits. With ``"16bit"`` the codes are read out into scratch, one
+direction of one group of layers at a time; of other numbers of rows a BLAS may sum in another order, so that company
+changes the last bits.
 
 Kept for the backward pass: x, where there are deltas, and ``s x A^T`` of each adapter; of a SwiGLU also gate and up."""
 
@@ -32,8 +31,7 @@ Spans = Sequence[tuple[int, int, int]]
 Deltas = Sequence[Sequence[LoRALinear | None]]
 """By layer, the delta of each slot."""
 
-PIECE_ROWS = 256  # of one product with a weight in 16 bits: more at once are slower a row
-FEW_ROWS = 128  # products of fewer are slow
+PIECE_ROWS = 512  # of one product with a weight in 16 bits: oneDNN takes longer a row for more, and for fewer
 
 
 def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
@@ -192,16 +190,9 @@ def _scalings(run: _Run, dtype: torch.dtype) -> Tensor:
 # ---- products with the frozen weights --------------------------------------------------------------------------------
 
 
-def _pieces(rows: int, spans: Spans) -> list[slice]:
-    """The rows of each 16-bit product. Where adapters have few rows each, several have a product together: a BLAS may
-    then choose another order of summation than it has for one of them."""
-    cuts = [(start, stop) for start, stop, _ in spans if stop > start]
-    whole = sum(stop - start for start, stop in cuts) == rows
-    if not whole or rows < FEW_ROWS * len(cuts):
-        cuts = [(0, rows)]
-    return [
-        slice(start, min(start + PIECE_ROWS, stop)) for first, stop in cuts for start in range(first, stop, PIECE_ROWS)
-    ]
+def _pieces(rows: int) -> list[slice]:
+    """The rows of each 16-bit product."""
+    return [slice(start, min(start + PIECE_ROWS, rows)) for start in range(0, rows, PIECE_ROWS)]
 
 
 def _read_out(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> Tensor:
@@ -223,7 +214,7 @@ def _forward(x: Tensor, quantized: tuple[Tensor, Tensor] | None, plan: _Plan) ->
     y = torch.empty(x.shape[0], sum(plan.widths), dtype=x.dtype)
     if weights[0].compute == "16bit":
         matrix = _read_out(weights, x.dtype)
-        for cut in _pieces(x.shape[0], plan.spans):
+        for cut in _pieces(x.shape[0]):
             torch.mm(x[cut], matrix.t(), out=y[cut])
         del matrix
     else:
@@ -242,7 +233,7 @@ def _backward(grad: Tensor, plan: _Plan) -> Tensor:
     if weights[0].compute == "16bit":
         grad_x = torch.empty(grad.shape[0], weights[0].shape[1], dtype=grad.dtype)
         matrix = _read_out(weights, grad.dtype)
-        for cut in _pieces(grad.shape[0], plan.spans):
+        for cut in _pieces(grad.shape[0]):
             torch.mm(grad[cut], matrix, out=grad_x[cut])
         return grad_x
     found: Tensor | None = None

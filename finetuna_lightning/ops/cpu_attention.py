@@ -1,7 +1,8 @@
 """Causal attention of short sequences on the CPU, as batched products (AMX tiles where there are such).
 
-torch's own flash kernel for the CPU saves the weights ``P = softmax(scale Q K^T)`` and takes several times as long
-where sequences are short, most of all backwards. Here P [sequences, heads, T, T] is kept, in the activations' type:
+torch's own flash kernel for the CPU never holds the weights ``P = softmax(scale Q K^T)`` [sequences, heads, T, T], and
+takes several times as long where sequences are short, most of all backwards. Here P stands for some sequences at a time,
+in the activations' type, and is computed again for the backward pass:
 
     O = P V        dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = scale dS K      dK = scale dS^T Q
 
@@ -9,13 +10,14 @@ A sequence's products have the same shape in any company, so that its results ar
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 256  # tokens of a sequence: P of longer ones takes more memory than the layer's other activations
+LONGEST = 256  # tokens of a sequence: half of P is for nothing, which tells where they are longer
 PIECE_ELEMENTS = 1 << 21  # of P at a time
 
 
@@ -29,44 +31,52 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 class _Causal(torch.autograd.Function):
+    """Keeps Q, K and V; P is computed again."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, heads, tokens, size = query.shape
-        shared = heads // key.shape[1]
+        shared, mask = heads // key.shape[1], _mask(tokens, query.dtype)
         q, k, v = (x.contiguous() for x in (query, key, value))
-        weights = torch.empty(batch, heads, tokens, tokens, dtype=query.dtype)
         out = torch.empty(batch, tokens, heads, size, dtype=query.dtype)
-        mask = torch.full((tokens, tokens), -torch.inf, dtype=query.dtype).triu_(1)
         for cut in _pieces(batch, heads * tokens * tokens):
-            scores = torch.baddbmm(mask, _flat(q[cut]), _flat(k[cut], shared).transpose(1, 2), alpha=scale)
-            own = weights[cut].view(scores.shape)
-            torch.softmax(scores, -1, out=own)
-            out[cut] = torch.bmm(own, _flat(v[cut], shared)).view(-1, heads, tokens, size).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, weights)
+            weights = _weights(_flat(q[cut]), _flat(k[cut], shared), mask, scale)
+            out[cut] = torch.bmm(weights, _flat(v[cut], shared)).view(-1, heads, tokens, size).transpose(1, 2)
+        ctx.save_for_backward(q, k, v)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         batch, heads, tokens, size = query.shape
-        shared = heads // key.shape[1]
+        shared, mask = heads // key.shape[1], _mask(tokens, query.dtype)
         # laid out as the tokens of q, k and v are
         found = [torch.empty(batch, tokens, x.shape[1], size, dtype=x.dtype) for x in (query, key, value)]
         for cut in _pieces(batch, heads * tokens * tokens):
             q, k, v = _flat(query[cut]), _flat(key[cut], shared), _flat(value[cut], shared)
-            own, g = weights[cut].view(-1, tokens, tokens), _flat(grad[cut].transpose(1, 2))
-            slope = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), own, -1, own.dtype)
+            g, weights = _flat(grad[cut].transpose(1, 2)), _weights(q, k, mask, ctx.scale)
+            slope = torch.bmm(g, v.transpose(1, 2))
+            slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
             each = (
                 torch.baddbmm(q, slope, k, beta=0, alpha=ctx.scale),
                 torch.baddbmm(q, slope.transpose(1, 2), q, beta=0, alpha=ctx.scale),
-                torch.bmm(own.transpose(1, 2), g),
+                torch.bmm(weights.transpose(1, 2), g),
             )
             for into, part, times in zip(found, each, (1, shared, shared), strict=True):
                 part = part.view(-1, heads // times, times, tokens, size)
                 into[cut] = (part.sum(2) if times > 1 else part.squeeze(2)).transpose(1, 2)
         return (*(x.transpose(1, 2) for x in found), None)  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=8)
+def _mask(tokens: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu_(1)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1)
 
 
 def _pieces(batch: int, each: int) -> list[slice]:
