@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ Spans = Sequence[tuple[int, int, int]]
 Deltas = Sequence[Sequence[LoRALinear | None]]
 """By layer, the delta of each slot."""
 
+Found = dict[int, list[Tensor]]
+"""By delta, the gradients of A and B."""
+
+CUT_ROWS = 1024  # of a piece; of fewer, the products with the deltas are too many
 PIECE_ROWS = 512  # of one product with a weight in 16 bits: oneDNN takes longer a row for more, and for fewer
 
 
@@ -57,7 +62,7 @@ class _Run:
     """Neighbours, each with ``length`` rows and deltas of the same form.
 
     Args:
-        start: the first row.
+        start: the first row, counted within its piece.
         length: rows of each.
         slots: whose they are, in turn.
         form: by layer, (rank, scaling) of the delta, or None.
@@ -68,16 +73,26 @@ class _Run:
     slots: list[int]
     form: tuple[tuple[int, float] | None, ...]
 
-    def of(self, whole: Tensor) -> Tensor:
-        """Their rows of ``whole`` [T, N]: [n, length, N]."""
+    def of(self, piece: Tensor) -> Tensor:
+        """Their rows of a piece's matrix [rows, N]: [n, length, N]."""
         count = len(self.slots)
-        return whole[self.start : self.start + count * self.length].view(count, self.length, whole.shape[1])
+        return piece[self.start : self.start + count * self.length].view(count, self.length, piece.shape[1])
+
+
+@dataclass
+class _Piece:
+    """Rows for which all is done before the next are begun, so that what lies between the products of one step is small
+    and its memory used again."""
+
+    rows: slice
+    runs: list[_Run]
 
 
 class _Plan:
     """The layers' weights, and the low-rank side of one forward and one backward pass.
 
     Args:
+        rows: T.
         weights: of the layers.
         biases: of each, or None.
         deltas: by layer, that of each slot.
@@ -86,22 +101,27 @@ class _Plan:
     """
 
     def __init__(
-        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None], deltas: Deltas, spans: Spans,
-        dtype: torch.dtype,
+        self, rows: int, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None], deltas: Deltas,
+        spans: Spans, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.weights, self.biases, self.deltas, self.spans = weights, biases, deltas, spans
+        self.weights, self.biases, self.deltas = weights, biases, deltas
         self.widths = [q.shape[0] for q in weights]
-        self.runs: list[_Run] = []
+        self.pieces = [_Piece(rows, self._runs(rows, own, dtype)) for rows, own in _cut(rows, spans, weights[0].compute)]
+        self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _runs(self, rows: slice, spans: Spans, dtype: torch.dtype) -> list[_Run]:
+        runs: list[_Run] = []
         for start, stop, slot in spans:
-            form = tuple(None if own[slot] is None else (own[slot].rank, own[slot].scaling) for own in deltas)  # type: ignore[union-attr]
-            last = self.runs[-1] if self.runs else None
-            if stop == start or not any(form):
+            form = tuple(None if own[slot] is None else (own[slot].rank, own[slot].scaling) for own in self.deltas)  # type: ignore[union-attr]
+            last, start, length = runs[-1] if runs else None, start - rows.start, stop - start
+            if not length or not any(form):
                 continue
-            if last is not None and dtype != torch.float32 and (last.length, last.form) == (stop - start, form):
-                if last.start + last.length * len(last.slots) == start:
+            if last is not None and dtype != torch.float32 and (last.length, last.form) == (length, form):
+                if last.start + length * len(last.slots) == start:
                     last.slots.append(slot)
                     continue
-            self.runs.append(_Run(start, stop - start, [slot], form))
+            runs.append(_Run(start, length, [slot], form))
+        return runs
 
     def parameters(self) -> list[Tensor]:
         """What is trained, in the order of ``gradients``."""
@@ -132,39 +152,48 @@ class _Plan:
         assert out is not None
         return out
 
-    def add(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """Add the deltas of x [T, d] to the outputs y [T, sum of N]; ``s x A^T`` of each run [n, length, R]."""
+    def _matrices(self, run: _Run, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B; those of the forward pass are kept until the backward pass, when gradients take their place."""
+        found = self._stacked.pop(id(run), None)
+        return found or (self._inner(run, dtype), self._outer(run, dtype))
+
+    def add(self, piece: _Piece, x: Tensor, y: Tensor) -> list[Tensor]:
+        """Add the deltas of the piece's x [rows, d] to its outputs y [rows, sum of N]; of each run ``s x A^T``
+        [n, length, R]."""
         lows = []
-        for run in self.runs:
-            low = torch.bmm(run.of(x), self._inner(run, x.dtype).transpose(1, 2)).mul_(_scalings(run, x.dtype))
-            run.of(y).baddbmm_(low, self._outer(run, x.dtype))
+        for run in piece.runs:
+            inner, outer = self._matrices(run, x.dtype)
+            low = torch.bmm(run.of(x), inner.transpose(1, 2)).mul_(_scalings(run.form, x.dtype))
+            run.of(y).baddbmm_(low, outer)
             lows.append(low)
+            self._stacked[id(run)] = inner, outer
         return lows
 
-    def backward_low(self, grad: Tensor, grad_x: Tensor | None) -> list[Tensor]:
-        """``s dY B`` of each run, from the outputs' ``grad`` [T, sum of N]; what the deltas give is added to ``grad_x``
-        [T, d]."""
+    def backward_low(self, piece: _Piece, grad: Tensor, grad_x: Tensor | None) -> list[Tensor]:
+        """Of each run ``s dY B``, from the gradient of the piece's outputs [rows, sum of N]; what the deltas give is
+        added to ``grad_x`` [rows, d]."""
         backs = []
-        for run in self.runs:
-            back = torch.bmm(run.of(grad), self._outer(run, grad.dtype).transpose(1, 2))
-            back.mul_(_scalings(run, grad.dtype))
+        for run in piece.runs:
+            inner, outer = self._matrices(run, grad.dtype)
+            back = torch.bmm(run.of(grad), outer.transpose(1, 2)).mul_(_scalings(run.form, grad.dtype))
             if grad_x is not None:
-                run.of(grad_x).baddbmm_(back, self._inner(run, grad.dtype))
+                run.of(grad_x).baddbmm_(back, inner)
             backs.append(back)
         return backs
 
-    def gradients(
-        self, x: Tensor | None, lows: Sequence[Tensor], grad: Tensor, backs: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """The gradients of ``parameters``, in float32."""
-        found: dict[int, list[Tensor]] = {}
-        for run, low, back in zip(self.runs, lows, backs, strict=True):
-            assert x is not None
+    def collect(
+        self, piece: _Piece, x: Tensor, lows: Sequence[Tensor], grad: Tensor, backs: Sequence[Tensor], found: Found
+    ) -> None:
+        """Add the piece's gradients of A and B to ``found``."""
+        for run, low, back in zip(piece.runs, lows, backs, strict=True):
             down = torch.bmm(back.transpose(1, 2), run.of(x)).float()
             self._collect(run, down, torch.bmm(low.transpose(1, 2), run.of(grad)), found)
+
+    def gradients(self, found: Found) -> list[Tensor]:
+        """Those of ``parameters``, in float32."""
         return [part for delta in self._own() for part in found.get(id(delta)) or self._none(delta)]
 
-    def _collect(self, run: _Run, down: Tensor, up: Tensor, found: dict[int, list[Tensor]]) -> None:
+    def _collect(self, run: _Run, down: Tensor, up: Tensor, found: Found) -> None:
         row = column = 0
         for layer, one, width in zip(self.deltas, run.form, self.widths, strict=True):
             if one:
@@ -183,16 +212,28 @@ class _Plan:
         return [torch.zeros_like(delta.lora_A), torch.zeros_like(delta.lora_B)]
 
 
-def _scalings(run: _Run, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([one[1] for one in run.form if one for _ in range(one[0])], dtype=dtype)
+@lru_cache(maxsize=256)
+def _scalings(form: tuple[tuple[int, float] | None, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([one[1] for one in form if one for _ in range(one[0])], dtype=dtype)
+
+
+def _cut(rows: int, spans: Spans, compute: str) -> list[tuple[slice, Spans]]:
+    """Pieces of about ``CUT_ROWS`` rows, of whole spans, with their spans. Of int8 products all rows are one: the
+    pieces of theirs are cut in ``ops.cpu``."""
+    found: list[tuple[slice, Spans]] = []
+    first, own, stop = 0, list[tuple[int, int, int]](), 0
+    for span in spans:
+        if span[0] != stop:
+            return [(slice(0, rows), spans)]
+        stop = span[1]
+        own.append(span)
+        if compute != "int8" and stop - first >= CUT_ROWS:
+            found.append((slice(first, stop), own))
+            first, own = stop, []
+    return [*found, (slice(first, rows), own)] if first < rows else found
 
 
 # ---- products with the frozen weights --------------------------------------------------------------------------------
-
-
-def _pieces(rows: int) -> list[slice]:
-    """The rows of each 16-bit product."""
-    return [slice(start, min(start + PIECE_ROWS, rows)) for start in range(0, rows, PIECE_ROWS)]
 
 
 def _read_out(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> Tensor:
@@ -208,39 +249,43 @@ def _read_out(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> Tensor:
     return scratch
 
 
-def _forward(x: Tensor, quantized: tuple[Tensor, Tensor] | None, plan: _Plan) -> tuple[Tensor, list[Tensor]]:
-    """The outputs side by side [T, sum of N], with biases and deltas; what ``_Plan.add`` gives."""
-    weights = plan.weights
-    y = torch.empty(x.shape[0], sum(plan.widths), dtype=x.dtype)
-    if weights[0].compute == "16bit":
-        matrix = _read_out(weights, x.dtype)
-        for cut in _pieces(x.shape[0]):
-            torch.mm(x[cut], matrix.t(), out=y[cut])
-        del matrix
-    else:
-        codes = cpu.quantized(x) if quantized is None else quantized
-        for q, into in zip(weights, y.split(plan.widths, 1), strict=True):
-            cpu.int8_product(*codes, q.codes, q.scale, x.dtype, into)
-    for bias, into in zip(plan.biases, y.split(plan.widths, 1), strict=True):
-        if bias is not None:
-            into.add_(bias.to(y.dtype))
-    return y, plan.add(x, y)
+class _Product:
+    """``x W^T + bias`` of the layers of a plan, and its gradient, piece by piece."""
+
+    def __init__(self, plan: _Plan, dtype: torch.dtype) -> None:
+        self.plan, self.int8 = plan, plan.weights[0].compute == "int8"
+        self._matrix = None if self.int8 else _read_out(plan.weights, dtype)
+
+    def forward(self, x: Tensor, y: Tensor, quantized: tuple[Tensor, Tensor] | None) -> None:
+        """Fill the outputs y [rows, sum of N] for x [rows, d]."""
+        plan = self.plan
+        if self._matrix is not None:
+            for cut in _steps(x.shape[0]):
+                torch.mm(x[cut], self._matrix.t(), out=y[cut])
+        else:
+            codes = cpu.quantized(x) if quantized is None else quantized
+            for q, into in zip(plan.weights, y.split(plan.widths, 1), strict=True):
+                cpu.int8_product(*codes, q.codes, q.scale, x.dtype, into)
+        for bias, into in zip(plan.biases, y.split(plan.widths, 1), strict=True):
+            if bias is not None:
+                into.add_(bias.to(y.dtype))
+
+    def backward(self, grad: Tensor, grad_x: Tensor) -> None:
+        """Fill ``grad_x`` [rows, d] for the outputs' gradient [rows, sum of N]."""
+        if self._matrix is not None:
+            for cut in _steps(grad.shape[0]):
+                torch.mm(grad[cut], self._matrix, out=grad_x[cut])
+            return
+        found: Tensor | None = None
+        for q, own in zip(self.plan.weights, grad.split(self.plan.widths, 1), strict=True):
+            found = cpu.int8_product_backward(own, q.codes, q.scale, found)
+        assert found is not None
+        grad_x.copy_(found)
 
 
-def _backward(grad: Tensor, plan: _Plan) -> Tensor:
-    """``dX`` [T, d] of the outputs' gradient [T, sum of N], but for what the deltas give."""
-    weights = plan.weights
-    if weights[0].compute == "16bit":
-        grad_x = torch.empty(grad.shape[0], weights[0].shape[1], dtype=grad.dtype)
-        matrix = _read_out(weights, grad.dtype)
-        for cut in _pieces(grad.shape[0]):
-            torch.mm(grad[cut], matrix, out=grad_x[cut])
-        return grad_x
-    found: Tensor | None = None
-    for q, own in zip(weights, grad.split(plan.widths, 1), strict=True):
-        found = cpu.int8_product_backward(own, q.codes, q.scale, found)
-    assert found is not None
-    return found
+def _steps(rows: int) -> list[slice]:
+    """A piece may be one long span."""
+    return [slice(start, start + PIECE_ROWS) for start in range(0, rows, PIECE_ROWS)]
 
 
 # ---- the steps of autograd's -----------------------------------------------------------------------------------------
@@ -254,9 +299,13 @@ class _Layers(torch.autograd.Function):
         ctx: Any, x: Tensor, quantized: tuple[Tensor, Tensor] | None, plan: _Plan,
         rotary: tuple[Tensor, Tensor, int] | None, *_: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        y, lows = _forward(x, quantized, plan)
-        if rotary:
-            _rotate_(y, plan, rotary)
+        y, product, lows = torch.empty(x.shape[0], sum(plan.widths), dtype=x.dtype), _Product(plan, x.dtype), []
+        for piece in plan.pieces:
+            own = y[piece.rows]
+            product.forward(x[piece.rows], own, quantized)
+            lows += plan.add(piece, x[piece.rows], own)
+            if rotary:
+                _rotate_(own, piece, plan, rotary)
         ctx.plan, ctx.rotary = plan, rotary
         ctx.save_for_backward(x if lows else None, *lows)
         return tuple(y.split(plan.widths, 1)) if len(plan.widths) > 1 else (y,)
@@ -265,18 +314,30 @@ class _Layers(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, *lows = ctx.saved_tensors
-        grad = torch.cat(grads, 1) if len(grads) > 1 else grads[0].contiguous()
-        if ctx.rotary:
-            _rotate_(grad, ctx.plan, ctx.rotary, backward=True)
-        grad_x = _backward(grad, ctx.plan) if ctx.needs_input_grad[0] else None
-        backs = ctx.plan.backward_low(grad, grad_x)
-        return (grad_x, None, None, None, *ctx.plan.gradients(x, lows, grad, backs))
+        plan, found, like, low = ctx.plan, Found(), grads[0], iter(lows)
+        wanted = ctx.needs_input_grad[0]
+        grad_x = torch.empty(like.shape[0], plan.weights[0].shape[1], dtype=like.dtype) if wanted else None
+        product = _Product(plan, like.dtype) if wanted else None
+        for piece in plan.pieces:
+            parts = [grad[piece.rows] for grad in grads]
+            grad = torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
+            if ctx.rotary:
+                _rotate_(grad, piece, plan, ctx.rotary, backward=True)
+            own = None if grad_x is None else grad_x[piece.rows]
+            if product is not None and own is not None:
+                product.backward(grad, own)
+            backs = plan.backward_low(piece, grad, own)
+            if piece.runs:
+                plan.collect(piece, x[piece.rows], [next(low) for _ in piece.runs], grad, backs, found)
+        return (grad_x, None, None, None, *plan.gradients(found))
 
 
-def _rotate_(y: Tensor, plan: _Plan, rotary: tuple[Tensor, Tensor, int], backward: bool = False) -> None:
+def _rotate_(
+    y: Tensor, piece: _Piece, plan: _Plan, rotary: tuple[Tensor, Tensor, int], backward: bool = False
+) -> None:
     cos, sin, size = rotary
     heads = (plan.widths[0] + plan.widths[1]) // size
-    cpu_rows.rotate_(y.view(y.shape[0], -1, size)[:, :heads], cos, sin, backward)
+    cpu_rows.rotate_(y.view(y.shape[0], -1, size)[:, :heads], cos[piece.rows], sin[piece.rows], backward)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -286,25 +347,40 @@ class _SwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, quantized: tuple[Tensor, Tensor] | None, first: _Plan, last: _Plan, *_: Tensor
     ) -> Tensor:
-        both, lows = _forward(x, quantized, first)
-        y, last_lows = _forward(cpu_rows.swiglu(both), None, last)
-        ctx.first, ctx.last, ctx.cut = first, last, len(lows)
-        ctx.save_for_backward(x if lows else None, both, *lows, *last_lows)
+        both, lows = torch.empty(x.shape[0], sum(first.widths), dtype=x.dtype), []
+        y, products = torch.empty_like(x), [_Product(plan, x.dtype) for plan in (first, last)]
+        for piece, second in zip(first.pieces, last.pieces, strict=True):
+            rows, own = piece.rows, both[piece.rows]
+            products[0].forward(x[rows], own, quantized)
+            lows += first.add(piece, x[rows], own)
+            h = cpu_rows.swiglu(own)
+            products[1].forward(h, y[rows], None)
+            lows += last.add(second, h, y[rows])
+        ctx.first, ctx.last = first, last
+        ctx.save_for_backward(x if lows else None, both, *lows)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, both, *lows = ctx.saved_tensors
-        first, last, grad = ctx.first, ctx.last, grad.contiguous()
-        h = _backward(grad, last)
-        backs = last.backward_low(grad, h)
-        grad_both, h = cpu_rows.swiglu_backward_(h, both)  # h is now what went into down
-        last_found = last.gradients(h, lows[ctx.cut :], grad, backs)
-        del h
-        grad_x = _backward(grad_both, first) if ctx.needs_input_grad[0] else None
-        backs = first.backward_low(grad_both, grad_x)
-        return (grad_x, None, None, None, *first.gradients(x, lows[: ctx.cut], grad_both, backs), *last_found)
+        first, last, found, low, grad = ctx.first, ctx.last, Found(), iter(lows), grad.contiguous()
+        grad_x = torch.empty_like(grad) if ctx.needs_input_grad[0] else None
+        products = [_Product(plan, grad.dtype) for plan in (first, last)]
+        for piece, second in zip(first.pieces, last.pieces, strict=True):
+            rows, own = piece.rows, grad[piece.rows]
+            own_lows = [[next(low) for _ in runs] for runs in (piece.runs, second.runs)]
+            h = torch.empty(own.shape[0], last.weights[0].shape[1], dtype=grad.dtype)
+            products[1].backward(own, h)
+            backs = last.backward_low(second, own, h)
+            grad_both, h = cpu_rows.swiglu_backward_(h, both[rows])  # h is now what went into down
+            last.collect(second, h, own_lows[1], own, backs, found)
+            if grad_x is not None:
+                products[0].backward(grad_both, grad_x[rows])
+            backs = first.backward_low(piece, grad_both, None if grad_x is None else grad_x[rows])
+            if piece.runs:
+                first.collect(piece, x[rows], own_lows[0], grad_both, backs, found)
+        return (grad_x, None, None, None, *first.gradients(found), *last.gradients(found))
 
 
 def _codes(x: Tensor, weights: Sequence[QuantizedWeight]) -> tuple[Tensor, Tensor] | None:
@@ -332,7 +408,8 @@ def layers(
     Returns:
         [..., N] for each layer, in x's type.
     """
-    flat, plan = x.reshape(-1, x.shape[-1]), _Plan(weights, biases, deltas, spans, x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    plan = _Plan(flat.shape[0], weights, biases, deltas, spans, x.dtype)
     outputs = _Layers.apply(flat, _codes(x, weights), plan, rotary, *plan.parameters())  # type: ignore[no-untyped-call]
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -340,8 +417,8 @@ def layers(
 def swiglu(x: Tensor, weights: Sequence[QuantizedWeight], deltas: Deltas, spans: Spans) -> Tensor:
     """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down."""
     flat = x.reshape(-1, x.shape[-1])
-    first = _Plan(weights[:2], [None, None], deltas[:2], spans, x.dtype)
-    last = _Plan(weights[2:], [None], deltas[2:], spans, x.dtype)
+    first = _Plan(flat.shape[0], weights[:2], [None, None], deltas[:2], spans, x.dtype)
+    last = _Plan(flat.shape[0], weights[2:], [None], deltas[2:], spans, x.dtype)
     parameters = (*first.parameters(), *last.parameters())
     out: Tensor = _SwiGLU.apply(flat, _codes(x, weights), first, last, *parameters)  # type: ignore[no-untyped-call]
     return out.view(x.shape)

@@ -87,7 +87,7 @@ def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     for cut in pieces(both.shape[0], width):
         gate, up, own = both[cut, :width], both[cut, width:], grad[cut]
         opened = F.silu(gate)
-        out[cut, :width] = torch.ops.aten.silu_backward(own * up, gate)
+        torch.ops.aten.silu_backward.grad_input(own * up, gate, grad_input=out[cut, :width])
         torch.mul(opened, own, out=out[cut, width:])
         torch.mul(opened, up, out=own)
     return out, grad

@@ -28,7 +28,7 @@ from finetuna_lightning.ops import cpu_rows, reference
 
 IGNORED = -100
 CHUNK, CPU_CHUNK = 2048, 512  # tokens whose logits stand at a time
-PIECE_ELEMENTS = 1 << 19  # of logits in float32 at a time, where there is no kernel: they stay in the CPU's cache
+PIECE_ELEMENTS = 1 << 18  # of logits in float32 at a time, where there is no kernel: they stay in the CPU's cache
 
 
 @cache
@@ -58,15 +58,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: boo
 def _cross_entropy_piece_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
     """``cross_entropy_`` in plain torch, with a copy of ``logits`` in ``losses``' type where that is another."""
     ignored, at = labels == IGNORED, labels.clamp(min=0)[:, None]
-    wide = logits.to(losses.dtype)
-    norm = wide.logsumexp(1, keepdim=True)
-    losses.copy_((norm - wide.gather(1, at)).squeeze(1).masked_fill_(ignored, 0))
+    log_chances = torch.log_softmax(logits.to(losses.dtype), 1)  # sums and exponentials in one pass each
+    losses.copy_(-log_chances.gather(1, at).squeeze(1)).masked_fill_(ignored, 0)
     if gradient:
-        wide.sub_(norm).exp_()
-        wide.scatter_(1, at, wide.gather(1, at) - 1)
-        wide.masked_fill_(ignored[:, None], 0)
-        if wide is not logits:
-            logits.copy_(wide)
+        slopes = log_chances.exp_()
+        slopes.scatter_(1, at, slopes.gather(1, at) - 1)
+        if slopes.device.type != "cpu" or bool(ignored.any()):
+            slopes.masked_fill_(ignored[:, None], 0)
+        logits.copy_(slopes)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
