@@ -33,12 +33,15 @@ from finetuna_lightning.backbone import QUICKSTART_FOLDER, load_backbone
 from finetuna_lightning.finetuned import LinearAdapterConfig, new_finetuned
 from finetuna_lightning.quickstart.domains import DOMAINS, describe, documents
 from finetuna_lightning.quickstart.pretrain import encode
-from finetuna_lightning.training.precision import EightBitPrecision, has_fp8, resolve_dtype
+from finetuna_lightning.training.precision import EightBitPrecision, has_fp8, has_int8, resolve_dtype
 
 SOURCE = "tests/data/quickstart_bf16"
-BASELINE, FP8_COMPUTE = "16-bit", "fp8, fp8 compute"
-# by the table's name, how weights are stored; all but the last compute in 16 bits
-SCHEMES = {BASELINE: "none", "int8": "int8", "int8-blockwise": "int8-blockwise", "fp8": "fp8", FP8_COMPUTE: "fp8"}
+BASELINE = "16-bit"
+# by the table's name, how weights are stored, and how products with them are computed
+SCHEMES = {
+    BASELINE: ("none", "16bit"), "int8": ("int8", "16bit"), "int8, int8 compute": ("int8", "int8"),
+    "int8-blockwise": ("int8-blockwise", "16bit"), "fp8": ("fp8", "16bit"), "fp8, fp8 compute": ("fp8", "fp8"),
+}  # fmt: skip
 HELD_OUT_ONE_IN = 5  # documents of a domain, which come in the order of a hash
 PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # all linear layers but the head
 LORA = LinearAdapterConfig(r=16, alpha=32, dropout=0.0, bias=False)
@@ -96,8 +99,9 @@ def train(model: nn.Module, batches: Tensor, lr: float, causal: Tensor) -> None:
 def run_scheme(label: str, options: argparse.Namespace) -> list[Run]:
     """All domains and seeds over one base."""
     device, bare = torch.device(options.device), label == BASELINE
-    base = load_backbone(SOURCE, scheme=SCHEMES[label], dtype=resolve_dtype(options.dtype, device), device=device)
-    EightBitPrecision(compute="fp8" if label == FP8_COMPUTE else "16bit").set_compute(base)
+    scheme, compute = SCHEMES[label]
+    base = load_backbone(SOURCE, scheme=scheme, dtype=resolve_dtype(options.dtype, device), device=device)
+    EightBitPrecision(compute=compute).set_compute(base)
     causal = torch.ones(options.tokens, options.tokens, dtype=torch.bool, device=device).tril()[None, None]
     runs = []
     for domain in options.domains:
@@ -167,8 +171,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     labels = [label for label in SCHEMES if label in (BASELINE, *options.schemes)]
-    if FP8_COMPUTE in labels and not has_fp8(device):
-        labels.remove(FP8_COMPUTE)
+    able = {"16bit": True, "int8": has_int8(device), "fp8": has_fp8(device)}
+    labels = [label for label in labels if able[SCHEMES[label][1]]]
     sources = [describe(domain) for domain in options.domains]
     start = time.perf_counter()
     jobs = min(len(labels), options.jobs or (len(labels) if device.type == "cuda" else 1))
