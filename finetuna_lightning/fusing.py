@@ -26,13 +26,13 @@ _AGREES = 0.03  # of the norm: what two roundings of one 16-bit computation may 
 _TOKENS = 24
 
 
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    name = module.config._attn_implementation  # type: ignore[union-attr]
-    if name.endswith("sdpa") and args[3] is None and packed_lengths() is None and module.is_causal:
-        if cpu_attention.takes(*args[:3]) and not kwargs["dropout"]:
-            return cpu_attention.attend(*args[:3], kwargs["scaling"]), None
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    name = module.config._attn_implementation
+    plain = name.endswith("sdpa") and mask is None and packed_lengths() is None and getattr(module, "is_causal", False)
+    if plain and not options["dropout"] and cpu_attention.takes(query, key, value):
+        return cpu_attention.attend(query, key, value, options["scaling"]), None
     own = sys.modules[_own_class(module).__module__].eager_attention_forward if name == "eager" else None
-    return (own or ALL_ATTENTION_FUNCTIONS[name])(module, *args, **kwargs)
+    return (own or ALL_ATTENTION_FUNCTIONS[name])(module, query, key, value, mask, **options)
 
 
 def _own_class(module: nn.Module) -> type:
@@ -57,7 +57,7 @@ def _is_attention(module: nn.Module) -> bool:
     if not _has_linear(module, "q_proj", "k_proj", "v_proj", "o_proj") or len(list(module.children())) != 4:
         return False
     known = isinstance(getattr(module, "head_dim", None), int) and isinstance(getattr(module, "scaling", None), float)
-    return known and getattr(module.config, "_attn_implementation", None) in _ATTENTIONS  # type: ignore[union-attr]
+    return known and getattr(module.config, "_attn_implementation", None) in _ATTENTIONS
 
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")

@@ -4,10 +4,10 @@ The outputs of the layers stand side by side, and so do A and B of their deltas,
 them in each direction; neighbours that have as many rows and deltas of one form are one batched product, added to their
 rows by the very product that makes it. Deltas cost no pass over Y or dX, no copy and no concatenation.
 
-With ``compute="int8"`` X is quantised once for all of the layers, and sums are exact integers; an adapter's products have
-the shapes that they have alone: its results are the same bits. With ``"16bit"`` the codes are read out into scratch, one
-direction of one group of layers at a time; of other numbers of rows a BLAS may sum in another order, so that company
-changes the last bits.
+With ``compute="int8"`` X is quantised once for all of the layers, and sums are exact integers; an adapter's products
+have the shapes that they have alone: its results are the same bits. With ``"16bit"`` the codes are read out into
+scratch, one direction of one group of layers at a time; of other numbers of rows a BLAS may sum in another order, so
+that company changes the last bits.
 
 Kept for the backward pass: x, where there are deltas, and ``s x A^T`` of each adapter; of a SwiGLU also gate and up."""
 
@@ -106,7 +106,8 @@ class _Plan:
     ) -> None:  # fmt: skip
         self.weights, self.biases, self.deltas = weights, biases, deltas
         self.widths = [q.shape[0] for q in weights]
-        self.pieces = [_Piece(rows, self._runs(rows, own, dtype)) for rows, own in _cut(rows, spans, weights[0].compute)]
+        cuts = _cut(rows, spans, weights[0].compute)
+        self.pieces = [_Piece(cut, self._runs(cut, own, dtype)) for cut, own in cuts]
         self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _runs(self, rows: slice, spans: Spans, dtype: torch.dtype) -> list[_Run]:
@@ -116,11 +117,11 @@ class _Plan:
             last, start, length = runs[-1] if runs else None, start - rows.start, stop - start
             if not length or not any(form):
                 continue
-            if last is not None and dtype != torch.float32 and (last.length, last.form) == (length, form):
-                if last.start + length * len(last.slots) == start:
-                    last.slots.append(slot)
-                    continue
-            runs.append(_Run(start, length, [slot], form))
+            alike = last is not None and dtype != torch.float32 and (last.length, last.form) == (length, form)
+            if last is not None and alike and last.start + length * len(last.slots) == start:
+                last.slots.append(slot)
+            else:
+                runs.append(_Run(start, length, [slot], form))
         return runs
 
     def parameters(self) -> list[Tensor]:
@@ -332,9 +333,7 @@ class _Layers(torch.autograd.Function):
         return (grad_x, None, None, None, *plan.gradients(found))
 
 
-def _rotate_(
-    y: Tensor, piece: _Piece, plan: _Plan, rotary: tuple[Tensor, Tensor, int], backward: bool = False
-) -> None:
+def _rotate_(y: Tensor, piece: _Piece, plan: _Plan, rotary: tuple[Tensor, Tensor, int], backward: bool = False) -> None:
     cos, sin, size = rotary
     heads = (plan.widths[0] + plan.widths[1]) // size
     cpu_rows.rotate_(y.view(y.shape[0], -1, size)[:, :heads], cos[piece.rows], sin[piece.rows], backward)

@@ -1,10 +1,11 @@
 """Causal attention of short sequences on the CPU, as batched products (AMX tiles where there are such).
 
 torch's own flash kernel for the CPU never holds the weights ``P = softmax(scale Q K^T)`` [sequences, heads, T, T], and
-takes several times as long where sequences are short, most of all backwards. Here P stands for some sequences at a time,
-in the activations' type, and is computed again for the backward pass:
+takes several times as long where sequences are short, most of all backwards. Here P stands for some sequences at a
+time, in the activations' type, and is computed again for the backward pass:
 
-    O = P V        dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = scale dS K      dK = scale dS^T Q
+    O = P V      dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))
+    dQ = scale dS K      dK = scale dS^T Q
 
 A sequence's products have the same shape in any company, so that its results are the same bits."""
 
@@ -95,7 +96,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``softmax(scale Q K^T) V``, each token looking at those before it and at itself.
 
     Args:
-        query: [B, H, T, D]. key, value: [B, fewer heads, T, D], each head serving ``H / fewer`` of the queries' in turn.
+        query: [B, H, T, D].
+        key, value: [B, fewer heads, T, D], each head serving ``H / fewer`` of the queries' in turn.
         scale: of the scores.
 
     Returns:

@@ -25,7 +25,7 @@ def pieces(rows: int, columns: int) -> Iterator[slice]:
 
 
 def dequantize_rows_(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Fill ``out`` [rows, columns] with ``codes * scale``, the product rounded once: codes int8, scale [rows] float32."""
+    """Fill ``out`` [rows, columns] with ``codes * scale``, rounded once: codes int8, scale [rows] float32."""
     if out.dtype in (torch.float32, torch.float64):
         return out.copy_(codes).mul_(scale[:, None])
     for cut in pieces(*codes.shape):

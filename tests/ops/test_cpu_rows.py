@@ -76,7 +76,8 @@ def test_rotary_embedding_with_halves_that_differ(dtype: torch.dtype) -> None:
 
 
 def test_a_row_does_not_depend_on_its_company() -> None:
-    x, grad, weight = random(10, 24).bfloat16().requires_grad_(), random(10, 24, seed=1).bfloat16(), random(24).bfloat16()
+    x, grad, weight = (part.bfloat16() for part in (random(10, 24), random(10, 24, seed=1), random(24)))
+    x.requires_grad_()
     alone = x.detach()[4:6].requires_grad_()
     y, own = cpu_rows.rms_norm(x, weight, 1e-5), cpu_rows.rms_norm(alone, weight, 1e-5)
     assert torch.equal(y[4:6], own)
