@@ -606,9 +606,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def takes_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type. On
-    the CPU, ``ops.cpu_rows`` does."""
+    the CPU, ``ops.cpu_rows`` does, in bfloat16."""
     if x.device.type == "cpu":
-        known = x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+        known = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
     else:
         known = has_joint_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16)
     return (

@@ -40,10 +40,12 @@ PIECE_ROWS = 512  # of one product with a weight in 16 bits: oneDNN takes longer
 
 
 def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
-    """Whether these layers are computed here: float32 or bfloat16, nothing trained but the deltas."""
+    """Whether these layers are computed here: nothing trained but the deltas; int8 products in float32 or bfloat16,
+    others in bfloat16. (In float32 they have the order of summation, and of scaling, that PEFT has.)"""
+    dtypes = (torch.float32, torch.bfloat16) if all(q.compute == "int8" for q in weights) else (torch.bfloat16,)
     return (
         x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in dtypes
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

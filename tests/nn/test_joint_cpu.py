@@ -193,12 +193,14 @@ def test_without_deltas_nothing_is_kept() -> None:
 
 def test_what_it_does_not_take() -> None:
     (q,) = weights_of([(16, WIDTH)], "16bit")
-    x, bias = torch.zeros(2, WIDTH), torch.zeros(16)
+    x, bias = torch.zeros(2, WIDTH, dtype=torch.bfloat16), torch.zeros(16)
     assert joint_cpu.takes(x, [q], [bias])
-    assert not joint_cpu.takes(x.double(), [q], [None])
+    assert not joint_cpu.takes(x.float(), [q], [None])
     assert not joint_cpu.takes(x[:0], [q], [None])
     assert not joint_cpu.takes(x, [q], [bias.clone().requires_grad_()])
     with torch.autocast("cpu", torch.bfloat16):
         assert not joint_cpu.takes(x, [q], [None])
+    q.compute = "int8"
+    assert joint_cpu.takes(x.float(), [q], [None]) and not joint_cpu.takes(x.double(), [q], [None])
     q.compute = "fp8"
     assert not joint_cpu.takes(x, [q], [None])
