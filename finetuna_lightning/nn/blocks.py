@@ -73,7 +73,9 @@ class FusedAttention(nn.Module):
         cut, deltas, weights, biases = parts
         cos, sin = position_embeddings
         q, k, v, _ = joint.attention_inputs(hidden_states, cos, sin, self.head_dim, weights, biases, deltas, cut)
-        out, attention = self.finetuna_attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        out, attention = self.finetuna_attend(
+            self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), attention
 
 

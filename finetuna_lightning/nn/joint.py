@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedWeight
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import cpu_rows, reference
 from finetuna_lightning.ops.library import has_joint_kernels
 from finetuna_lightning.ops.tiling import Tiling
 
@@ -56,12 +55,7 @@ def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor
 def takes_delta(delta: LoRALinear) -> bool:
     """Whether the kernels add this delta: float32, without a bias."""
     a, b = delta.lora_A, delta.lora_B
-    return (
-        delta.lora_bias is None
-        and a.dtype == b.dtype == torch.float32
-        and a.is_contiguous()
-        and b.is_contiguous()
-    )
+    return delta.lora_bias is None and a.dtype == b.dtype == torch.float32 and a.is_contiguous() and b.is_contiguous()
 
 
 # ---- where the adapters' matrices stand ------------------------------------------------------------------------------
@@ -114,9 +108,7 @@ def _table(groups: Sequence[Deltas], sides: Sequence[tuple[int, Sequence[int]]],
     and each layer's outputs. None where there is no delta at all."""
     entries = tuple(
         tuple(
-            tuple(
-                _NONE if d is None else (d.lora_A.data_ptr(), d.lora_B.data_ptr(), d.rank, d.scaling) for d in layer
-            )
+            tuple(_NONE if d is None else (d.lora_A.data_ptr(), d.lora_B.data_ptr(), d.rank, d.scaling) for d in layer)
             for layer in group
         )
         for group in groups
@@ -261,7 +253,11 @@ class _Plan:
     """The deltas of the layers of one autograd function, by groups that share an input, and whose rows are whose."""
 
     def __init__(
-        self, groups: Sequence[Deltas], weights: Sequence[Sequence[QuantizedWeight]], tiling: Tiling, device: torch.device
+        self,
+        groups: Sequence[Deltas],
+        weights: Sequence[Sequence[QuantizedWeight]],
+        tiling: Tiling,
+        device: torch.device,
     ) -> None:
         sides = [(own[0].shape[1], [q.shape[0] for q in own]) for own in weights]
         self.groups, self.tiling, self.table = groups, tiling, _table(groups, sides, device)
@@ -394,9 +390,7 @@ class _Linear(torch.autograd.Function):
         low = side.low(_Operand(x))
         ctx.q, ctx.plan, ctx.dtype = q, plan, x.dtype
         ctx.save_for_backward(x if plan.any else None, low)
-        return _forward(
-            _operand(x, q.compute), q, bias, x.dtype, plan.tiling.tiles, side.outputs(0, low), residual
-        )
+        return _forward(_operand(x, q.compute), q, bias, x.dtype, plan.tiling.tiles, side.outputs(0, low), residual)
 
     @staticmethod
     @once_differentiable
@@ -561,8 +555,7 @@ def swiglu(
     """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down; with ``norm``, of
     x's RMSNorm, and x is added."""
     if x.device.type == "cpu":
-        gate, up = joint_cpu.layers(x, weights[:2], [None, None], deltas[:2], tiling.spans)
-        return joint_cpu.layers(functional.silu(gate) * up, weights[2:], [None], deltas[2:], tiling.spans)[0]
+        return joint_cpu.swiglu(x, weights, deltas, tiling.spans)
     plan = _Plan([deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
     flat = _rows(x.reshape(-1, x.shape[-1]))
     out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters())  # type: ignore[no-untyped-call]
@@ -592,16 +585,16 @@ class _Norm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of x [..., d] with a frozen weight, in one pass each way."""
     flat = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu":
+        return cpu_rows.rms_norm(flat, weight, eps).view(x.shape)
     return _Norm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def takes_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type."""
-    return (
-        has_joint_kernels(x.device)
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
-        and not weight.requires_grad
-        and x.stride(-1) == 1
-        and x.numel() > 0
-    )
+    """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type. On
+    the CPU, ``ops.cpu_rows`` does, in bfloat16."""
+    if x.device.type == "cpu":
+        known = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    else:
+        known = has_joint_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16)
+    return known and weight.dtype == x.dtype and not weight.requires_grad and x.stride(-1) == 1 and x.numel() > 0

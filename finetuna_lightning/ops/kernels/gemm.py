@@ -161,6 +161,7 @@ def gemm(
         n, k, columns, step, out.stride(0), 0 if residual is None else residual.stride(0), count,
         BM=TILE_ROWS, CB=block, DELTA=low is not None, INT8=int8, B_IS_KN=b_is_kn,
         COLUMN_SCALE=column_scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, EVEN=n % bn == 0,
+        enable_fp_fusion=False,  # or scale and residual were one rounding where no delta stands between them
         **chosen,
     )  # fmt: skip
     return out

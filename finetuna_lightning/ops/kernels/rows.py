@@ -236,7 +236,9 @@ def _rotate(q_ptr, k_ptr, v_ptr, yq_ptr, yk_ptr, yv_ptr, cos_ptr, sin_ptr, token
             stride_yq, stride_yk, stride_yv, stride_c, heads, kv_heads, D: tl.constexpr, HALF: tl.constexpr,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
     if tl.program_id(1) == 0:
-        _rotate_one(q_ptr, yq_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, stride_yq, stride_c, heads, D, HALF, HEADS, TURN)
+        _rotate_one(
+            q_ptr, yq_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, stride_yq, stride_c, heads, D, HALF, HEADS, TURN
+        )
     elif tl.program_id(1) == 1:
         _rotate_one(k_ptr, yk_ptr, cos_ptr, sin_ptr, tokens, kb, kt, kh, stride_yk, stride_c, kv_heads, D, HALF, KV_HEADS,
                     TURN)  # fmt: skip
