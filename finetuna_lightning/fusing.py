@@ -1,8 +1,8 @@
 """Puts the fused parts of ``nn.blocks`` before a transformers model's own: RMSNorm, SwiGLU, attention inputs, and whole
 decoder layers of these.
 
-Which modules have that form is told by their children's names, as Llama, Mistral, Qwen and their kin have them, and then
-found out by trying: one module of each class computes a few tokens both ways, and what does not agree is left alone."""
+Which modules have that form is told by their children's names, as Llama, Mistral, Qwen and their kin have them, and
+then found out by trying: one of each class computes a few tokens both ways, and what does not agree is left alone."""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@ direction, however many adapters there are, their deltas added while it is writt
 
 ``Y = X W^T + low B^T`` with ``low = s X A^T``; backwards ``dlow = s dY B``, ``dX = dY W + dlow A``, ``dA = dlow^T X``,
 ``dB = dY^T low``: each row by its own adapter's A and B (arXiv 2106.09685). W stays in its 8 bits; with
-``compute="int8"`` X and dY are quantised per row, W's row scales folded into dY, so that the one stored copy serves both
-directions; with ``"16bit"`` W is read out into scratch for each product. A, B and their gradients are in float32, their
-products in the activations' type. What a row gets does not depend on any other adapter's rows, to the bit.
+``compute="int8"`` X and dY are quantised per row, W's row scales folded into dY, so that the one stored copy serves
+both directions; with ``"16bit"`` W is read out into scratch for each product. A, B and their gradients are in float32,
+their products in the activations' type. What a row gets does not depend on any other adapter's rows, to the bit.
 
-Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their RMSNorm,
-whose output is then never written but as the codes that the products read, and each can end with the addition of the
-residual stream. What they keep for the backward pass is said at each.
+Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their
+RMSNorm, whose output is then never written but as the codes that the products read, and each can end with the addition
+of the residual stream. What they keep for the backward pass is said at each.
 
 Shapes: T rows of the batch, d features, N outputs, f intermediate features; n adapters, R their padded rank."""
 
@@ -68,8 +68,8 @@ class _Group:
     Args:
         ranks [L, n], scales [n, C], rank: R.
         width: d; outputs: N of each layer, which stand side by side where they are one matrix.
-        at: where A [n, C, d] starts; up: where B does, [n, C, sum of N], a layer's own in its R rows and N columns, zeros
-            elsewhere.
+        at: where A [n, C, d] starts; up: where B does, [n, C, sum of N], a layer's own in its R rows and N columns,
+            zeros elsewhere.
         blocks: see ``lowrank.blocks``.
         live: by layer, whether it has any delta.
     """
@@ -216,8 +216,8 @@ def _backward(
     grad: _Operand, weights: Sequence[QuantizedWeight], dtype: torch.dtype, tiles: Tensor,
     delta: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:  # fmt: skip
-    """The gradient of the layers' common input: [T, d] from their gradients side by side [T, sum of N]. An int8 ``grad``
-    has the weights' row scales within."""
+    """The gradient of the layers' common input: [T, d] from theirs side by side [T, sum of N]. An int8 ``grad`` has
+    the weights' row scales within."""
     from finetuna_lightning.ops.kernels import rows
     from finetuna_lightning.ops.kernels.gemm import gemm
 
@@ -429,10 +429,10 @@ class _Attention(torch.autograd.Function):
             flat.append(_forward(operand, q, bias, x.dtype, tiles, side.outputs(index, low)))
         heads = [y.view(batch, tokens, -1, size) for y in flat]
         rows.rotate(heads[:2], flat[:2], cos, sin)
-        ctx.weights, ctx.plan, ctx.norm, ctx.scaled = weights, plan, norm, kept.scale is not None
+        ctx.weights, ctx.plan, ctx.norm = weights, plan, norm
         ctx.save_for_backward(x, *(() if rstd is None else (rstd, kept.values, kept.scale)), low, cos, sin)
-        q, k, v = (y.transpose(1, 2) for y in heads)
-        return q, k, v, x
+        turned = [y.transpose(1, 2) for y in heads]
+        return turned[0], turned[1], turned[2], x
 
     @staticmethod
     @once_differentiable
@@ -533,8 +533,8 @@ def attention_inputs(
     x: Tensor, cos: Tensor, sin: Tensor, size: int, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None],
     deltas: Deltas, tiling: Tiling, norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k and v of x [B, T, d], or of its RMSNorm, each [B, heads, T, size], q and k rotated by cos and sin [B or 1, T,
-    size]; and x again, for the residual stream."""
+    """q, k and v of x [B, T, d], or of its RMSNorm, each [B, heads, T, size], q and k rotated by cos and sin [B or 1,
+    T, size]; and x again, for the residual stream."""
     batch, tokens, features = x.shape
     cos, sin = (table.expand(batch, -1, -1).reshape(batch * tokens, size) for table in (cos, sin))
     if x.device.type == "cpu":
@@ -552,8 +552,8 @@ def attention_inputs(
 def swiglu(
     x: Tensor, weights: Sequence[QuantizedWeight], deltas: Deltas, tiling: Tiling, norm: Norm | None = None
 ) -> Tensor:
-    """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down; with ``norm``, of
-    x's RMSNorm, and x is added."""
+    """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up, down; with ``norm``,
+    of x's RMSNorm, and x is added."""
     if x.device.type == "cpu":
         return joint_cpu.swiglu(x, weights, deltas, tiling.spans)
     plan = _Plan([deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)

@@ -41,7 +41,7 @@ class _QuantizedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on ``device``: a CUDA GPU of compute capability 8.0 or newer."""
@@ -50,7 +50,7 @@ def has_triton(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def has_joint_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels of ``ops.kernels`` for joint layers run on ``device``, with Hopper's bulk copies."""

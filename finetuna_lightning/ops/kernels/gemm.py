@@ -1,8 +1,8 @@
-"""One matrix product for many adapters: ``Y = s_x (Xq Wq^T) s_w + bias + low M + residual``, of int8 or 16-bit operands.
+"""One matrix product for many adapters: ``Y = s_x (Xq Wq^T) s_w + bias + low M + residual``, of int8 or 16-bit values.
 
-Rows come in tiles that never straddle two adapters (see ``ops.tiling``), so the product of a row, the delta that its own
-adapter adds in the epilogue, and therefore every bit of the result, depend on nothing but the row and its adapter: a
-neighbour's NaN is never multiplied, and company changes nothing.
+Rows come in tiles that never straddle two adapters (see ``ops.tiling``), so the product of a row, the delta that its
+own adapter adds in the epilogue, and therefore every bit of the result, depend on nothing but the row and its adapter:
+a neighbour's NaN is never multiplied, and company changes nothing.
 
 Shapes: M rows, N columns, K summed over; n adapters, C low-rank columns (of one layer, or of several side by side,
 whose deltas are then added up, as shared inputs add up their gradients).
