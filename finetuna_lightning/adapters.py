@@ -442,6 +442,11 @@ class AdapterBank(nn.ModuleDict):
         found: Any = self._adapter(name).deltas._modules.get(_key(path))
         return found  # type: ignore[no-any-return]
 
+    def deltas(self, name: str) -> Iterable[nn.Module]:
+        """All deltas of adapter ``name``."""
+        found: Any = self._adapter(name).deltas._modules
+        return found.values()  # type: ignore[no-any-return]
+
     def plain_copy(self, name: str, path: str) -> nn.Module | None:
         """The private copy that adapter ``name`` trains of module ``path``."""
         return self._adapter(name).plain._modules.get(_key(path))

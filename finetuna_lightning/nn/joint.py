@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ from finetuna_lightning.ops.tiling import Tiling
 
 Deltas = Sequence[Sequence[LoRALinear | None]]
 """By layer, the delta of each slot of the tiling."""
+
+
+class Kept(list[Any]):
+    """Deltas whose parameters are known to stay where they are, and what was made of them here: ``plans``."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        super().__init__(items)
+        self.plans: dict[int, _Plan] = {}
 
 
 def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
@@ -71,7 +80,7 @@ class _Group:
         at: where A [n, C, d] starts; up: where B does, [n, C, sum of N], a layer's own in its R rows and N columns,
             zeros elsewhere.
         blocks: see ``lowrank.blocks``.
-        live: by layer, whether it has any delta.
+        live: by layer, whether it has any delta; even: whether every adapter has one of rank R on each.
     """
 
     ranks: Tensor
@@ -83,6 +92,7 @@ class _Group:
     up: int
     blocks: Tensor
     live: tuple[bool, ...]
+    even: bool
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,7 @@ def _make_table(
         made.append(_Group(
             ranks.to(device), scales.to(device), rank, width, tuple(outputs), start, up,
             lowrank.blocks(outputs).to(device), tuple(any(entry[2] for entry in layer) for layer in group),
+            all(entry[2] == rank for layer in group for entry in layer),
         ))  # fmt: skip
     return _Table(lowrank.jobs(pieces).to(device), size, max(piece[2] for piece in pieces), tuple(made))
 
@@ -267,6 +278,7 @@ class _Plan:
         """Whether there is a delta at all."""
         return self.table is not None
 
+    @cached_property
     def parameters(self) -> list[Tensor]:
         """Of all deltas, in the order of the gradients."""
         return _parameters(self.groups)
@@ -280,6 +292,19 @@ class _Plan:
             return [_Deltas(None, group, self.tiling, None) for group in self.groups]
         flat = lowrank.gather(table.jobs, table.size, table.widest, dtype)
         return [_Deltas(own, group, self.tiling, flat) for own, group in zip(table.groups, self.groups, strict=True)]
+
+
+def _plan(
+    deltas: Sequence[Any],
+    groups: Sequence[Deltas],
+    weights: Sequence[Sequence[QuantizedWeight]],
+    tiling: Tiling,
+    device: torch.device,
+) -> _Plan:
+    kept = deltas.plans if isinstance(deltas, Kept) else {}
+    if len(groups) not in kept:
+        kept[len(groups)] = _Plan(groups, weights, tiling, device)
+    return kept[len(groups)]
 
 
 _NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -346,6 +371,15 @@ class _Deltas:
         up = lowrank.outer(grad, low, chunks, first, group.ranks, rank, by_layer=group.blocks)
         found: list[Any] = []
         layers, total, before = len(group.outputs), sum(group.outputs), 0
+        if group.even:  # views by the hundred
+            slots = group.scales.shape[0]
+            downs = down.view(slots * layers, rank, width).unbind()
+            for index, side in enumerate(group.outputs):
+                ups = up.view(slots, -1).narrow(1, before * rank, side * rank).unflatten(1, (side, rank)).unbind()
+                for slot in range(slots):
+                    found += (downs[slot * layers + index], ups[slot])
+                before += side
+            return found
         for index, side in enumerate(group.outputs):
             for slot, delta in enumerate(self.deltas[index]):
                 if delta is not None:
@@ -522,10 +556,10 @@ def linear(
     if x.device.type == "cpu":
         out = joint_cpu.layers(x, [q], [bias], [deltas], tiling.spans)[0]
         return out if residual is None else out + residual
-    plan = _Plan([[deltas]], [[q]], tiling, x.device)
+    plan = _plan(deltas, [[deltas]], [[q]], tiling, x.device)
     if residual is not None:
         residual = residual.reshape(-1, q.shape[0])
-    y: Tensor = _Linear.apply(_rows(x.reshape(-1, x.shape[-1])), residual, q, bias, plan, *plan.parameters())  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(_rows(x.reshape(-1, x.shape[-1])), residual, q, bias, plan, *plan.parameters)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -541,10 +575,10 @@ def attention_inputs(
         out = joint_cpu.layers(x, weights, biases, deltas, tiling.spans, (cos, sin, size))
         q, k, v = (y.view(batch, tokens, -1, size).transpose(1, 2) for y in out)
         return q, k, v, x
-    plan = _Plan([deltas], [weights], tiling, x.device)
+    plan = _plan(deltas, [deltas], [weights], tiling, x.device)
     flat = _rows(x.reshape(-1, features))
     q, k, v, same = _Attention.apply(  # type: ignore[no-untyped-call]
-        flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.parameters()
+        flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.parameters
     )
     return q, k, v, same.view(x.shape)
 
@@ -556,9 +590,9 @@ def swiglu(
     of x's RMSNorm, and x is added."""
     if x.device.type == "cpu":
         return joint_cpu.swiglu(x, weights, deltas, tiling.spans)
-    plan = _Plan([deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
+    plan = _plan(deltas, [deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
     flat = _rows(x.reshape(-1, x.shape[-1]))
-    out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters())  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters)  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 

@@ -9,12 +9,13 @@ one row, the dimension of tokens."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class Route:
     lengths: tuple[int, ...] | None = None
     numbers: dict[str, list[int]] = field(default_factory=dict)
     _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.rows) or any(count < 0 for count in self.rows) or sum(self.rows) == 0:
@@ -153,6 +155,8 @@ class DeltaSource(Protocol):
 
     def delta(self, name: str, path: str) -> Delta | None: ...
 
+    def deltas(self, name: str) -> Iterable[nn.Module]: ...
+
     def plain_copy(self, name: str, path: str) -> nn.Module | None: ...
 
 
@@ -170,6 +174,8 @@ def routed(bank: DeltaSource, route: Route | None) -> Iterator[None]:
         raise RouteError(
             "a stand-alone fine-tuned model takes no route: call it as it is, or its base for the bare model"
         )
+    if route is not None:
+        route._kept.clear()
     token = _ACTIVE.set((*_ACTIVE.get(), (id(bank), route)))
     try:
         yield
@@ -285,7 +291,7 @@ class _Routed(nn.Module):
 
 def joint_parts(
     layers: Sequence[nn.Module], x: Tensor
-) -> tuple[Tiling, list[list[LoRALinear | None]], list[QuantizedWeight], list[Tensor | None]] | None:
+) -> tuple[Tiling, Sequence[Any], list[QuantizedWeight], list[Tensor | None]] | None:
     """What ``nn.joint`` needs to compute ``layers``, which share the rows of x [..., features]: whose rows they are,
     the deltas, weights and biases. None where they have to be called one by one: a layer that is not quantised, trained
     in full or hooked, a delta with dropout in force or a bias, a device without the kernels, or torch.compile, which
@@ -311,7 +317,12 @@ def joint_parts(
         each = vectors // x.shape[axis]
         spans = [(name, start * each, stop * each) for name, start, stop in route.segments(x.shape[axis])]
     cut = tiling(spans, x.device)
-    deltas: list[list[LoRALinear | None]] = []
+    kept = None if route is None else _kept(bank, route)
+    key = (layers[0], len(layers), cut)
+    if kept is not None and key in kept:
+        return cut, kept[key], weights, biases
+    deltas = joint.Kept([])
+    lasting = kept is not None
     for layer in layers:
         path = layer._finetuna_path if isinstance(layer, _Routed) else None
         own = [None if path is None else bank.delta(name, path) for name in cut.names]
@@ -319,12 +330,41 @@ def joint_parts(
             if delta is not None and not (isinstance(delta, LoRALinear) and joint.takes_delta(delta)):
                 return None
             dropping = delta is not None and delta.dropout > 0
+            lasting = lasting and not dropping
             if dropping and (delta.training if route is None else route.seeds.get(name) is not None):  # type: ignore[union-attr]
                 return None
             if delta is not None and route is None:
                 _check_gradients(bank, delta)
-        deltas.append(own)  # type: ignore[arg-type]
+        deltas.append(joint.Kept(own))
+    if kept is not None and lasting:
+        kept[key] = deltas
     return cut, deltas, weights, biases
+
+
+_KEPT: WeakKeyDictionary[Any, tuple[list[Any], dict[Any, joint.Kept]]] = WeakKeyDictionary()
+
+
+def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
+    """The deltas of groups of layers that earlier passes found, while all parameters stay where they are: that is
+    looked at once a pass, since to ask each delta at each layer takes longer than a GPU does."""
+    if not route._kept:
+        stamp: list[Any] = [
+            value
+            for name in route.names
+            for delta in bank.deltas(name)
+            for value in (getattr(delta, "dropout", 0), *map(_place, delta._parameters.values()))
+        ]
+        last = _KEPT.get(bank)
+        if last is None or last[0] != stamp:
+            last = _KEPT[bank] = (stamp, {})
+        route._kept["deltas"] = last[1]
+    found: dict[Any, joint.Kept] = route._kept["deltas"]
+    return found
+
+
+def _place(parameter: Tensor | None) -> int:
+    """Which parameter it is, and where it stands."""
+    return 0 if parameter is None else parameter.data_ptr() * 1000003 + id(parameter)
 
 
 def is_observed(layer: nn.Module) -> bool:

@@ -197,7 +197,9 @@ class FlatStep(Optimizer):
         skip = None if self.found_inf is None else self.found_inf > 0
         stepped: list[dict[str, Any]] = []
         for shelf in self._arranged():
-            gradients = [None if p.grad is None else p.grad.contiguous() for p in shelf.parameters]
+            gradients = [
+                g if g is None or g.is_contiguous() else g.contiguous() for g in (p.grad for p in shelf.parameters)
+            ]
             for turned in [p for p in shelf.parameters if not p.is_contiguous()]:
                 turned.data = turned.data.contiguous()  # as bitsandbytes does
             counts = [None if g is None else state["step"] for g, state in zip(gradients, shelf.states, strict=True)]
@@ -236,7 +238,7 @@ class FlatStep(Optimizer):
         adam.adamw8bit(
             *fused.tables(part.start, part.stop), addresses, shelf.moments, shelf.absmax, fused.maps, zero=fused.zero,
             lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], step=count,
-            skip=skip, coefficient=self.coefficient, aligned=not any(a % 16 for row in at for a in row),
+            skip=skip, coefficient=self.coefficient, aligned=not any(a & 15 for row in at for a in row),
         )  # fmt: skip
 
     def _advance(

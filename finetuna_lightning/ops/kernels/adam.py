@@ -73,7 +73,7 @@ def _nearest(x, first_ptr, bounds_ptr):
     return code + (x > tl.load(bounds_ptr + code)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero", "program_count", "tensor_count"])
 def _adamw8bit(
     programs_ptr, tensors_ptr, addresses_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr,
     values1_ptr, bounds1_ptr, first1_ptr, values2_ptr, bounds2_ptr, first2_ptr, skip_ptr, coefficient_ptr,

@@ -71,7 +71,7 @@ def _tile(
     tl.store(c_at, out.to(c_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count"])  # batches vary: nothing is compiled again for them
 def _gemm(
     a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr, tiles_ptr,
     N, K, C, step, stride_c, stride_residual, tile_count,

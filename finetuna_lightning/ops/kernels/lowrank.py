@@ -52,7 +52,7 @@ def jobs(pieces: Sequence[Piece]) -> Tensor:
     return torch.tensor(found, dtype=torch.int64).t().contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gather(jobs_ptr, out_ptr, count, STEP: tl.constexpr, BLOCK: tl.constexpr):
     entry = jobs_ptr + tl.program_id(0)
     width = tl.multiple_of(tl.load(entry + 3 * count), 16)
@@ -86,7 +86,7 @@ def gather(table: Tensor, size: int, widest: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count"])
 def _down(
     x_desc, m_desc, out_ptr, row_scale_ptr, scale_ptr, tiles_ptr, K, C, stride_out, tile_count,
     BM: tl.constexpr, BK: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, INT8: tl.constexpr,
@@ -147,7 +147,7 @@ def down(
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters", "chunk_count", "block_count"])
 def _outer(
     x_desc, low_desc, x_ptr, low_ptr, row_scale_ptr, out_ptr, rank_ptr, chunks_ptr, blocks_ptr,
     N, R, layers, stride_x, stride_low, adapters, chunk_count, block_count,

@@ -231,7 +231,7 @@ def _rotate_one(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, st
     tl.store(y + D // 2, second, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate(q_ptr, k_ptr, v_ptr, yq_ptr, yk_ptr, yv_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, kb, kt, kh, vb, vt, vh,
             stride_yq, stride_yk, stride_yv, stride_c, heads, kv_heads, D: tl.constexpr, HALF: tl.constexpr,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
