@@ -318,7 +318,7 @@ def joint_parts(
         for name, delta in zip(cut.names, own, strict=True):
             if delta is not None and not (isinstance(delta, LoRALinear) and joint.takes_delta(delta)):
                 return None
-            dropping = delta is not None and delta.dropout > 0  # type: ignore[operator]
+            dropping = delta is not None and delta.dropout > 0
             if dropping and (delta.training if route is None else route.seeds.get(name) is not None):  # type: ignore[union-attr]
                 return None
             if delta is not None and route is None:
