@@ -66,6 +66,7 @@ def test_bitsandbytes_optimizers(name: str) -> None:
     assert losses[-1] < 0.9 * losses[0] and torch.equal(logits(base), before)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch 2.11 itself calls it
 def test_compiled_as_eager() -> None:
     torch._dynamo.reset()
     model = ft.new_finetuned(ft.prepare_base_model(tiny_model("llama", scale=3.0, use_cache=False)))

@@ -225,6 +225,7 @@ def test_the_registered_operators() -> None:
     assert torch.equal(compiled(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("compute", ["auto", "16bit", "int8"])
 def test_training_side_by_side_is_training_alone(compute: str) -> None:
     """Through ``Trainer.fit``, with the 8-bit optimizer: every weight to the bit after three steps."""

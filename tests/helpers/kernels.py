@@ -98,8 +98,8 @@ def check_norm(case: Case) -> None:
     got, none, rstd = rows.norm(x, weight, 1e-6)
     assert none is None and distance(got, y) < 2 * case.bound
     codes, scale, same = rows.norm(x, weight, 1e-6, quantized=True)
-    assert scale is not None and torch.equal(same, rstd)
-    assert float((codes * scale[:, None] - got).abs().max()) <= float(scale.max()) * 0.51
+    assert scale is not None and torch.allclose(same, rstd, rtol=1e-6)
+    assert float((codes * scale[:, None] - got).abs().max()) <= float(scale.max()) * (0.5 + 127 * case.bound)
     assert exact.grad is not None
     assert distance(rows.norm_backward(grad, x, weight, rstd), exact.grad) < case.bound
     assert distance(rows.norm_backward(grad, x, weight, rstd, residual), exact.grad + residual) < case.bound
@@ -117,8 +117,7 @@ def check_rotate(case: Case) -> None:
     given = [case.random(batch, tokens, count, size) for count in (heads, kv, kv)]
     doubles = [part.double().requires_grad_() for part in given]
     wanted = [exact(doubles[0]), exact(doubles[1]), doubles[2] * 1]
-    # as attention has them
-    grads = [case.random(batch, count, tokens, size).transpose(1, 2) for count in (heads, kv, kv)]
+    grads = [case.random(batch, n, tokens, size).transpose(1, 2) for n in (heads, kv, kv)]  # as attention has them
     for y, grad in zip(wanted, grads, strict=True):
         y.backward(grad.double())
     whole = torch.empty(batch * tokens, (heads + 2 * kv) * size, dtype=case.dtype, device=case.device)
