@@ -37,11 +37,11 @@ from finetuna_lightning.quickstart.pretrain import encode
 from finetuna_lightning.training.precision import EightBitPrecision, has_fp8, has_int8, resolve_dtype
 
 SOURCE = "tests/data/quickstart_bf16"
-BASELINE, INT8_COMPUTE, FP8_COMPUTE = "16-bit", "int8, int8 compute", "fp8, fp8 compute"
-# by the table's name, how weights are stored; they compute in 16 bits unless the name has it
+BASELINE = "16-bit"
+# by the table's name, how weights are stored, and how products with them are computed
 SCHEMES = {
-    BASELINE: "none", "int8": "int8", INT8_COMPUTE: "int8", "int8-blockwise": "int8-blockwise", "fp8": "fp8",
-    FP8_COMPUTE: "fp8",
+    BASELINE: ("none", "16bit"), "int8": ("int8", "16bit"), "int8, int8 compute": ("int8", "int8"),
+    "int8-blockwise": ("int8-blockwise", "16bit"), "fp8": ("fp8", "16bit"), "fp8, fp8 compute": ("fp8", "fp8"),
 }  # fmt: skip
 HELD_OUT_ONE_IN = 5  # documents of a domain, which come in the order of a hash
 PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # all linear layers but the head
@@ -100,9 +100,9 @@ def train(model: nn.Module, batches: Tensor, lr: float, causal: Tensor) -> None:
 def run_scheme(label: str, options: argparse.Namespace) -> list[Run]:
     """All domains and seeds over one base."""
     device, bare = torch.device(options.device), label == BASELINE
-    base = load_backbone(SOURCE, scheme=SCHEMES[label], dtype=resolve_dtype(options.dtype, device), device=device)
-    compute = label.split(", ")[1].removesuffix(" compute") if ", " in label else "16bit"
-    EightBitPrecision(scheme=SCHEMES[label], compute=compute).set_compute(base)
+    scheme, compute = SCHEMES[label]
+    base = load_backbone(SOURCE, scheme=scheme, dtype=resolve_dtype(options.dtype, device), device=device)
+    EightBitPrecision(compute=compute).set_compute(base)
     if not bare:
         fuse_(base, device, next(base.parameters()).dtype)
     causal = torch.ones(options.tokens, options.tokens, dtype=torch.bool, device=device).tril()[None, None]
@@ -174,9 +174,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     labels = [label for label in SCHEMES if label in (BASELINE, *options.schemes)]
-    for label, has in ((INT8_COMPUTE, has_int8), (FP8_COMPUTE, has_fp8)):
-        if label in labels and not has(device):
-            labels.remove(label)
+    able = {"16bit": True, "int8": has_int8(device), "fp8": has_fp8(device)}
+    labels = [label for label in labels if able[SCHEMES[label][1]]]
     sources = [describe(domain) for domain in options.domains]
     start = time.perf_counter()
     jobs = min(len(labels), options.jobs or (len(labels) if device.type == "cuda" else 1))

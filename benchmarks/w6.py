@@ -147,11 +147,11 @@ class OneAfterAnother:
         self.vocabulary = base.config.vocab_size
 
     def losses(self, names: list[str]) -> dict[str, list[float]]:
-        """By adapter, the first loss."""
-        return {name: self.train(name, 1)[1] for name in names}
+        """By adapter, the first loss; nothing is trained by it."""
+        return {name: self.train(name, 1, step=False)[1] for name in names}
 
     def train(
-        self, name: str, steps: int, clock: Callable[[], float] = time.perf_counter
+        self, name: str, steps: int, clock: Callable[[], float] = time.perf_counter, step: bool = True
     ) -> tuple[list[float], list[float]]:
         """Seconds and losses of ``steps`` steps of one adapter."""
         self.model.set_adapter(name)
@@ -163,7 +163,8 @@ class OneAfterAnother:
             begin = clock()
             loss = self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
             loss.backward()
-            optimizer.step()
+            if step:
+                optimizer.step()
             optimizer.zero_grad()
             seconds.append(clock() - begin)
             losses.append(float(loss))

@@ -25,6 +25,7 @@ from finetuna_lightning.nn.packing import (
     packed_lengths,
     packed_pass,
 )
+from finetuna_lightning.ops import cpu_attention
 
 _PREFIX = "finetuna_"
 _UNMASKED = "finetuna_unmasked_"  # has no function that makes a mask, so transformers makes none
@@ -51,13 +52,15 @@ def _attention_of(implementation: str) -> Callable[..., Any]:
             return own(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
         plain = implementation == "sdpa" and getattr(module, "is_causal", False) and not options.get("dropout")
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
         if plain and all(attention_mask.of(length) is None for length in set(attention_mask.lengths)):
-            scale = options.get("scaling") or query.shape[-1] ** -0.5
             out = attend_causally(query, key, value, attention_mask.lengths, scale)
             if out is not None:
                 return out, None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            if plain and mask is None and cpu_attention.takes(q, k, v):
+                return cpu_attention.attend(q, k, v, scale)
             return own(module, q, k, v, mask, **options)[0]  # type: ignore[no-any-return]
 
         return attend_by_sequence(attend, query, key, value, attention_mask), None

@@ -1,8 +1,8 @@
 """Puts the fused parts of ``nn.blocks`` before a transformers model's own: RMSNorm, SwiGLU, attention inputs, and whole
 decoder layers of these.
 
-Which modules have that form is told by their children's names, as Llama, Mistral, Qwen and their kin have them, and then
-found out by trying: one module of each class computes a few tokens both ways, and what does not agree is left alone."""
+Which modules have that form is told by their children's names, as Llama, Mistral, Qwen and their kin have them, and
+then found out by trying: one of each class computes a few tokens both ways, and what does not agree is left alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetuna_lightning.nn.blocks import FusedAttention, FusedLayer, FusedNorm, FusedSwiGLU
+from finetuna_lightning.nn.packing import packed_lengths
 from finetuna_lightning.nn.quantized import QuantizedLinear, QuantizedWeight
-from finetuna_lightning.ops.cpu import has_int8
+from finetuna_lightning.ops import cpu_attention
 from finetuna_lightning.ops.library import has_joint_kernels
 
 _ATTENTIONS = ("sdpa", "eager", "finetuna_sdpa", "finetuna_eager")  # others want more than this one passes on
@@ -25,10 +26,13 @@ _AGREES = 0.03  # of the norm: what two roundings of one 16-bit computation may 
 _TOKENS = 24
 
 
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    name = module.config._attn_implementation  # type: ignore[union-attr]
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    name = module.config._attn_implementation
+    plain = name.endswith("sdpa") and mask is None and packed_lengths() is None and getattr(module, "is_causal", False)
+    if plain and not options["dropout"] and cpu_attention.takes(query, key, value):
+        return cpu_attention.attend(query, key, value, options["scaling"]), None
     own = sys.modules[_own_class(module).__module__].eager_attention_forward if name == "eager" else None
-    return (own or ALL_ATTENTION_FUNCTIONS[name])(module, *args, **kwargs)
+    return (own or ALL_ATTENTION_FUNCTIONS[name])(module, query, key, value, mask, **options)
 
 
 def _own_class(module: nn.Module) -> type:
@@ -53,7 +57,7 @@ def _is_attention(module: nn.Module) -> bool:
     if not _has_linear(module, "q_proj", "k_proj", "v_proj", "o_proj") or len(list(module.children())) != 4:
         return False
     known = isinstance(getattr(module, "head_dim", None), int) and isinstance(getattr(module, "scaling", None), float)
-    return known and getattr(module.config, "_attn_implementation", None) in _ATTENTIONS  # type: ignore[union-attr]
+    return known and getattr(module.config, "_attn_implementation", None) in _ATTENTIONS
 
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -78,15 +82,16 @@ _FUSED: dict[tuple[type, type], type] = {}
 def fuse_(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
     """Put fused parts before the model's own, in place, for computing on ``device`` in ``dtype``; how many of each
     class. Does nothing where the kernels do not run. A second call changes nothing."""
-    on_cpu = has_int8(device)
-    if not on_cpu and (not has_joint_kernels(device) or dtype not in (torch.bfloat16, torch.float16)):
+    on_cpu = device.type == "cpu"
+    known = dtype in ((torch.float32, torch.bfloat16) if on_cpu else (torch.bfloat16, torch.float16))
+    if not known or not (on_cpu or has_joint_kernels(device)):
         return {}
     agreeing: dict[tuple[type, type], bool] = {}
     done: dict[str, int] = {}
     for module in [*model.modules()][::-1]:  # a layer's parts before the layer
         form = next((form for fits, form in _FORMS if fits(module)), None)
         cls = type(module)
-        if form is None or issubclass(cls, form) or (on_cpu and form in (FusedNorm, FusedLayer)):
+        if form is None or issubclass(cls, form) or (on_cpu and form is FusedLayer):
             continue
         if (cls, form) not in agreeing:
             agreeing[cls, form] = _agree(module, form, device, dtype)
@@ -111,7 +116,7 @@ def _agree(module: nn.Module, form: type, device: torch.device, dtype: torch.dty
     layer = copy.deepcopy(module).to(device)
     for part in layer.modules():
         if isinstance(part, QuantizedWeight):
-            part.dtype, part.compute = dtype, "int8" if device.type == "cpu" else "16bit"
+            part.dtype, part.compute = dtype, "16bit"
         for parameter in part.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
     generator = torch.Generator().manual_seed(0)

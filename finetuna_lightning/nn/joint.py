@@ -3,13 +3,13 @@ direction, however many adapters there are, their deltas added while it is writt
 
 ``Y = X W^T + low B^T`` with ``low = s X A^T``; backwards ``dlow = s dY B``, ``dX = dY W + dlow A``, ``dA = dlow^T X``,
 ``dB = dY^T low``: each row by its own adapter's A and B (arXiv 2106.09685). W stays in its 8 bits; with
-``compute="int8"`` X and dY are quantised per row, W's row scales folded into dY, so that the one stored copy serves both
-directions; with ``"16bit"`` W is read out into scratch for each product. A, B and their gradients are in float32, their
-products in the activations' type. What a row gets does not depend on any other adapter's rows, to the bit.
+``compute="int8"`` X and dY are quantised per row, W's row scales folded into dY, so that the one stored copy serves
+both directions; with ``"16bit"`` W is read out into scratch for each product. A, B and their gradients are in float32,
+their products in the activations' type. What a row gets does not depend on any other adapter's rows, to the bit.
 
-Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their RMSNorm,
-whose output is then never written but as the codes that the products read, and each can end with the addition of the
-residual stream. What they keep for the backward pass is said at each.
+Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their
+RMSNorm, whose output is then never written but as the codes that the products read, and each can end with the addition
+of the residual stream. What they keep for the backward pass is said at each.
 
 Shapes: T rows of the batch, d features, N outputs, f intermediate features; n adapters, R their padded rank."""
 
@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedWeight
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import cpu_rows, reference
 from finetuna_lightning.ops.library import has_joint_kernels
 from finetuna_lightning.ops.tiling import Tiling
 
@@ -56,12 +55,7 @@ def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor
 def takes_delta(delta: LoRALinear) -> bool:
     """Whether the kernels add this delta: float32, without a bias."""
     a, b = delta.lora_A, delta.lora_B
-    return (
-        delta.lora_bias is None
-        and a.dtype == b.dtype == torch.float32
-        and a.is_contiguous()
-        and b.is_contiguous()
-    )
+    return delta.lora_bias is None and a.dtype == b.dtype == torch.float32 and a.is_contiguous() and b.is_contiguous()
 
 
 # ---- where the adapters' matrices stand ------------------------------------------------------------------------------
@@ -74,8 +68,8 @@ class _Group:
     Args:
         ranks [L, n], scales [n, C], rank: R.
         width: d; outputs: N of each layer, which stand side by side where they are one matrix.
-        at: where A [n, C, d] starts; up: where B does, [n, C, sum of N], a layer's own in its R rows and N columns, zeros
-            elsewhere.
+        at: where A [n, C, d] starts; up: where B does, [n, C, sum of N], a layer's own in its R rows and N columns,
+            zeros elsewhere.
         blocks: see ``lowrank.blocks``.
         live: by layer, whether it has any delta.
     """
@@ -114,9 +108,7 @@ def _table(groups: Sequence[Deltas], sides: Sequence[tuple[int, Sequence[int]]],
     and each layer's outputs. None where there is no delta at all."""
     entries = tuple(
         tuple(
-            tuple(
-                _NONE if d is None else (d.lora_A.data_ptr(), d.lora_B.data_ptr(), d.rank, d.scaling) for d in layer
-            )
+            tuple(_NONE if d is None else (d.lora_A.data_ptr(), d.lora_B.data_ptr(), d.rank, d.scaling) for d in layer)
             for layer in group
         )
         for group in groups
@@ -224,8 +216,8 @@ def _backward(
     grad: _Operand, weights: Sequence[QuantizedWeight], dtype: torch.dtype, tiles: Tensor,
     delta: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:  # fmt: skip
-    """The gradient of the layers' common input: [T, d] from their gradients side by side [T, sum of N]. An int8 ``grad``
-    has the weights' row scales within."""
+    """The gradient of the layers' common input: [T, d] from theirs side by side [T, sum of N]. An int8 ``grad`` has
+    the weights' row scales within."""
     from finetuna_lightning.ops.kernels import rows
     from finetuna_lightning.ops.kernels.gemm import gemm
 
@@ -261,7 +253,11 @@ class _Plan:
     """The deltas of the layers of one autograd function, by groups that share an input, and whose rows are whose."""
 
     def __init__(
-        self, groups: Sequence[Deltas], weights: Sequence[Sequence[QuantizedWeight]], tiling: Tiling, device: torch.device
+        self,
+        groups: Sequence[Deltas],
+        weights: Sequence[Sequence[QuantizedWeight]],
+        tiling: Tiling,
+        device: torch.device,
     ) -> None:
         sides = [(own[0].shape[1], [q.shape[0] for q in own]) for own in weights]
         self.groups, self.tiling, self.table = groups, tiling, _table(groups, sides, device)
@@ -394,9 +390,7 @@ class _Linear(torch.autograd.Function):
         low = side.low(_Operand(x))
         ctx.q, ctx.plan, ctx.dtype = q, plan, x.dtype
         ctx.save_for_backward(x if plan.any else None, low)
-        return _forward(
-            _operand(x, q.compute), q, bias, x.dtype, plan.tiling.tiles, side.outputs(0, low), residual
-        )
+        return _forward(_operand(x, q.compute), q, bias, x.dtype, plan.tiling.tiles, side.outputs(0, low), residual)
 
     @staticmethod
     @once_differentiable
@@ -435,10 +429,10 @@ class _Attention(torch.autograd.Function):
             flat.append(_forward(operand, q, bias, x.dtype, tiles, side.outputs(index, low)))
         heads = [y.view(batch, tokens, -1, size) for y in flat]
         rows.rotate(heads[:2], flat[:2], cos, sin)
-        ctx.weights, ctx.plan, ctx.norm, ctx.scaled = weights, plan, norm, kept.scale is not None
+        ctx.weights, ctx.plan, ctx.norm = weights, plan, norm
         ctx.save_for_backward(x, *(() if rstd is None else (rstd, kept.values, kept.scale)), low, cos, sin)
-        q, k, v = (y.transpose(1, 2) for y in heads)
-        return q, k, v, x
+        turned = [y.transpose(1, 2) for y in heads]
+        return turned[0], turned[1], turned[2], x
 
     @staticmethod
     @once_differentiable
@@ -539,8 +533,8 @@ def attention_inputs(
     x: Tensor, cos: Tensor, sin: Tensor, size: int, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None],
     deltas: Deltas, tiling: Tiling, norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k and v of x [B, T, d], or of its RMSNorm, each [B, heads, T, size], q and k rotated by cos and sin [B or 1, T,
-    size]; and x again, for the residual stream."""
+    """q, k and v of x [B, T, d], or of its RMSNorm, each [B, heads, T, size], q and k rotated by cos and sin [B or 1,
+    T, size]; and x again, for the residual stream."""
     batch, tokens, features = x.shape
     cos, sin = (table.expand(batch, -1, -1).reshape(batch * tokens, size) for table in (cos, sin))
     if x.device.type == "cpu":
@@ -558,11 +552,10 @@ def attention_inputs(
 def swiglu(
     x: Tensor, weights: Sequence[QuantizedWeight], deltas: Deltas, tiling: Tiling, norm: Norm | None = None
 ) -> Tensor:
-    """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up and down; with ``norm``, of
-    x's RMSNorm, and x is added."""
+    """``down(silu(gate(x)) * up(x))`` of x [..., d], weights and deltas being those of gate, up, down; with ``norm``,
+    of x's RMSNorm, and x is added."""
     if x.device.type == "cpu":
-        gate, up = joint_cpu.layers(x, weights[:2], [None, None], deltas[:2], tiling.spans)
-        return joint_cpu.layers(functional.silu(gate) * up, weights[2:], [None], deltas[2:], tiling.spans)[0]
+        return joint_cpu.swiglu(x, weights, deltas, tiling.spans)
     plan = _Plan([deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
     flat = _rows(x.reshape(-1, x.shape[-1]))
     out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters())  # type: ignore[no-untyped-call]
@@ -592,16 +585,16 @@ class _Norm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of x [..., d] with a frozen weight, in one pass each way."""
     flat = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu":
+        return cpu_rows.rms_norm(flat, weight, eps).view(x.shape)
     return _Norm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def takes_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type."""
-    return (
-        has_joint_kernels(x.device)
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
-        and not weight.requires_grad
-        and x.stride(-1) == 1
-        and x.numel() > 0
-    )
+    """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type. On
+    the CPU, ``ops.cpu_rows`` does, in bfloat16."""
+    if x.device.type == "cpu":
+        known = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    else:
+        known = has_joint_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16)
+    return known and weight.dtype == x.dtype and not weight.requires_grad and x.stride(-1) == 1 and x.numel() > 0

@@ -63,13 +63,15 @@ def _product(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     return total.mul_(scale)
 
 
-def int8_product(x_codes: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``X W^T`` [rows, out] in ``dtype``, from X's and W's codes and scales."""
+def int8_product(
+    x_codes: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """``X W^T`` [rows, out] in ``dtype``, from X's and W's codes and scales; in ``out``, where that is given."""
     rows, width = x_codes.shape[0], codes.shape[0]
     step = max(256, 4 * PIECE_ELEMENTS // max(rows, 1))
-    if width <= step:
+    if width <= step and out is None:
         return _product(x_codes, codes.t(), x_scale).mul_(scale).to(dtype)
-    y = torch.empty(rows, width, dtype=dtype)
+    y = torch.empty(rows, width, dtype=dtype) if out is None else out
     for start in range(0, width, step):  # pieces of W's rows: each is read, and laid out for the tiles, once
         stop = start + step
         y[:, start:stop] = _product(x_codes, codes[start:stop].t(), x_scale).mul_(scale[start:stop])

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetuna_lightning.ops import reference
+from finetuna_lightning.ops import cpu_rows, reference
 
 IGNORED = -100
 CHUNK, CPU_CHUNK = 1024, 512  # tokens whose logits stand at a time
-PIECE = 256  # of these, tokens whose logits stand in float32, where there is no kernel
+PIECE_ELEMENTS = 1 << 18  # of logits in float32 at a time, where there is no kernel: they stay in the CPU's cache
 
 
 @cache
@@ -54,23 +54,23 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: boo
 
         kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
     else:
-        for first in range(0, logits.shape[0], PIECE):
-            cut = slice(first, first + PIECE)
+        step = max(1, PIECE_ELEMENTS // max(logits.shape[1], 1))
+        for first in range(0, logits.shape[0], step):
+            cut = slice(first, first + step)
             _cross_entropy_piece_(logits[cut], labels[cut], losses[cut], gradient)
 
 
 def _cross_entropy_piece_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
     """``cross_entropy_`` in plain torch, with a copy of ``logits`` in ``losses``' type where that is another."""
     ignored, at = labels == IGNORED, labels.clamp(min=0)[:, None]
-    wide = logits.to(losses.dtype)
-    norm = wide.logsumexp(1, keepdim=True)
-    losses.copy_((norm - wide.gather(1, at)).squeeze(1).masked_fill_(ignored, 0))
+    log_chances = torch.log_softmax(logits.to(losses.dtype), 1)  # sums and exponentials in one pass each
+    losses.copy_(-log_chances.gather(1, at).squeeze(1)).masked_fill_(ignored, 0)
     if gradient:
-        wide.sub_(norm).exp_()
-        wide.scatter_(1, at, wide.gather(1, at) - 1)
-        wide.masked_fill_(ignored[:, None], 0)
-        if wide is not logits:
-            logits.copy_(wide)
+        slopes = log_chances.exp_()
+        slopes.scatter_(1, at, slopes.gather(1, at) - 1)
+        if slopes.device.type != "cpu" or bool(ignored.any()):
+            slopes.masked_fill_(ignored[:, None], 0)
+        logits.copy_(slopes)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -186,9 +186,12 @@ def linear_cross_entropy(
     flat, targets, shape = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous(), labels.shape
     dtype = flat.dtype
     with torch.no_grad():
-        matrix = (
-            weight.to(dtype) if scheme is None else reference.dequantize(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
-        )
+        if scheme is None:
+            matrix = weight.to(dtype)
+        elif scheme == "int8" and weight.device.type == "cpu" and scale is not None:
+            matrix = cpu_rows.dequantize_rows_(weight, scale, torch.empty(weight.shape, dtype=dtype))
+        else:
+            matrix = reference.dequantize(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
         added = None if bias is None else bias.to(dtype)
     losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, parts, chunk, gradient)  # type: ignore[no-untyped-call]
     return losses.view(shape)

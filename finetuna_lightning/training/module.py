@@ -261,7 +261,7 @@ class MultiAdapterModule(LightningModule):
             self._new_modules = self._prepare_plain() if config is None else self._load(config)
             assert self.backbone is not None
             plugin, device = self._plugin(), self._root_device()
-            if plugin is not None and plugin.fuse and (device.type != "cpu" or plugin.compute == "int8"):
+            if plugin is not None and plugin.fuse:
                 fuse_(self.backbone, device, next(self.backbone.parameters()).dtype)
             bank = AdapterBank(self.backbone, self.backbone_identity())
             for name in self.adapter_configs:

@@ -84,7 +84,7 @@ class AdapterOptimizers(Optimizer):
     stepped, each by itself. A step whose loss or gradient norm is not finite is skipped: weights, state and step count
     stay as they are. Where nothing is noted, whatever has a gradient takes part.
 
-    Flat optimizers, and torch's AdamW on a GPU, select on the device, and the count follows one step late, so that the
+    Flat optimizers, and torch's fused AdamW, select on the device, and the count follows one step late, so that the
     host never waits. For SGD, Adafactor and the paged kinds the host asks (and bitsandbytes, whose paged state it is,
     waits at every tensor).
 
@@ -381,7 +381,8 @@ def adapter_optimizer(
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
     if kind == "adamw":
-        return torch.optim.AdamW([group], fused=all(p.is_cuda for p in trained) or None, **settings)
+        fused = len({p.device for p in trained}) == 1 and trained[0].device.type in ("cuda", "cpu")
+        return torch.optim.AdamW([group], fused=fused or None, **settings)
     if kind == "sgd":
         return torch.optim.SGD([group], lr=config.lr, **settings)
     if kind == "adafactor":

@@ -116,7 +116,7 @@ def test_the_kernel_for_all_tensors_steps_as_bitsandbytes_does(monkeypatch: pyte
         monkeypatch.setattr(flat_optim, "FUSED", True)
         for p, q in zip(mine, theirs, strict=True):
             moved = float((q - p).detach().abs().mean())
-            assert moved <= (1e-7 if step == 0 else 2e-2 * settings["lr"])
+            assert moved <= (1e-4 if step == 0 else 2e-2) * settings["lr"]
     assert any(shelf.fused for shelf in own._shelves or ()) and not any(shelf.fused for shelf in peer._shelves or ())
 
 

@@ -244,7 +244,9 @@ def test_training_side_by_side_is_training_alone(compute: str) -> None:
             for step in drawn
         ]  # fmt: skip
         adapters = {n: ft.AdapterConfig(rank=RANKS[n], lr=1e-2, target_modules=["all-linear"]) for n in names}
-        module = ft.MultiAdapterModule(llama(), adapters, ft.OptimConfig("adamw8bit"))
+        model = llama()
+        cast_(model, torch.bfloat16)
+        module = ft.MultiAdapterModule(model, adapters, ft.OptimConfig("adamw8bit"))
         trainer = pl.Trainer(
             accelerator="gpu", devices=1, max_steps=3, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, plugins=[ft.EightBitPrecision(compute=compute)],

@@ -381,7 +381,7 @@ def test_a_step_and_a_validation_hold_no_logits_of_all_tokens(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "CPU_CHUNK", 32)
-    monkeypatch.setattr(fused, "PIECE", 8)
+    monkeypatch.setattr(fused, "PIECE_ELEMENTS", 8 * 131)
     module = module_of("llama", "int8", dtype=dtype, model={"vocab_size": 131, "tie_word_embeddings": False})
     ids = torch.randint(3, 131, (6, 24), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(),

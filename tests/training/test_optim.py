@@ -231,7 +231,7 @@ def test_an_adapter_s_own_optimizer_is_that_class_by_itself(kind: str) -> None:
     assert isinstance(optimizer.optimizers["sql"], KINDS[kind])
     assert type(optimizer.optimizers["legal"]) is torch.optim.AdamW
     twin = parameters(5000)["sql"]
-    shared = {"betas": (0.8, 0.9), "eps": 1e-6} if kind == "adamw" else {}
+    shared = {"betas": (0.8, 0.9), "eps": 1e-6, "fused": True} if kind == "adamw" else {}
     alone = KINDS[kind](twin, lr=0.1, weight_decay=0.1, **shared)  # type: ignore[arg-type]
     random_steps(optimizer, range(3))
     for seed in range(3):

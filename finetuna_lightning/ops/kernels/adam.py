@@ -1,5 +1,5 @@
-"""AdamW with 8-bit state (arXiv 1711.05101, 2110.02861) for many tensors in one launch, in bitsandbytes' format: codes of a
-256-entry map and one float32 scale for every 256 elements.
+"""AdamW with 8-bit state (arXiv 1711.05101, 2110.02861) for many tensors in one launch, in bitsandbytes' format: codes
+of a 256-entry map and one float32 scale for every 256 elements.
 
 bitsandbytes has a kernel for one tensor; this one finds weights and gradients where they are, by a table of addresses,
 so that nothing is put side by side and nothing copied back. The nearest code is found by the upper 16 bits of the

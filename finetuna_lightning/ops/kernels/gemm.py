@@ -1,8 +1,8 @@
-"""One matrix product for many adapters: ``Y = s_x (Xq Wq^T) s_w + bias + low M + residual``, of int8 or 16-bit operands.
+"""One matrix product for many adapters: ``Y = s_x (Xq Wq^T) s_w + bias + low M + residual``, of int8 or 16-bit values.
 
-Rows come in tiles that never straddle two adapters (see ``ops.tiling``), so the product of a row, the delta that its own
-adapter adds in the epilogue, and therefore every bit of the result, depend on nothing but the row and its adapter: a
-neighbour's NaN is never multiplied, and company changes nothing.
+Rows come in tiles that never straddle two adapters (see ``ops.tiling``), so the product of a row, the delta that its
+own adapter adds in the epilogue, and therefore every bit of the result, depend on nothing but the row and its adapter:
+a neighbour's NaN is never multiplied, and company changes nothing.
 
 Shapes: M rows, N columns, K summed over; n adapters, C low-rank columns (of one layer, or of several side by side,
 whose deltas are then added up, as shared inputs add up their gradients).
@@ -161,6 +161,7 @@ def gemm(
         n, k, columns, step, out.stride(0), 0 if residual is None else residual.stride(0), count,
         BM=TILE_ROWS, CB=block, DELTA=low is not None, INT8=int8, B_IS_KN=b_is_kn,
         COLUMN_SCALE=column_scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, EVEN=n % bn == 0,
+        enable_fp_fusion=False,  # or scale and residual were one rounding where no delta stands between them
         **chosen,
     )  # fmt: skip
     return out

@@ -1,5 +1,5 @@
-"""The skinny products of low-rank deltas, for all adapters of a batch at once: ``low = s X M^T`` and ``G = X^T low``, the
-gradient of a matrix.
+"""The skinny products of low-rank deltas, for all adapters of a batch at once: ``low = s X M^T`` and ``G = X^T low``,
+the gradient of a matrix.
 
 Parameters stand in float32 wherever their adapters keep them, of any ranks; ``gather`` reads those of some layers
 through a table of addresses into one small 16-bit buffer, which both products and the epilogue of ``gemm`` then read.
@@ -38,7 +38,7 @@ def columns_of(layers: int, rank: int) -> int:
 
 Piece = tuple[int, int, int, bool, int, int, int]
 """A part of what is gathered: the address of a float32 matrix (0: none), its rank, its other side, whether it is [rank,
-side], as A, or [side, rank], as B; and where it goes: first element, distance of rows, and number of rows (a multiple of
+side], as A, or [side, rank], as B; and where it goes: first element, distance of rows, and their number (a multiple of
 ``STEP``), the rank's first, then zeros."""
 
 

@@ -41,8 +41,8 @@ def _scaled(x_ptr, column_ptr, at, inside, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, stride_c, COLUMN: tl.constexpr, ONE_PASS: tl.constexpr,
-              BLOCK: tl.constexpr):  # fmt: skip
+def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, stride_c, COLUMN: tl.constexpr,
+              ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x_ptr += row * stride_x
@@ -236,13 +236,15 @@ def _rotate(q_ptr, k_ptr, v_ptr, yq_ptr, yk_ptr, yv_ptr, cos_ptr, sin_ptr, token
             stride_yq, stride_yk, stride_yv, stride_c, heads, kv_heads, D: tl.constexpr, HALF: tl.constexpr,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
     if tl.program_id(1) == 0:
-        _rotate_one(q_ptr, yq_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, stride_yq, stride_c, heads, D, HALF, HEADS, TURN)
+        _rotate_one(
+            q_ptr, yq_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, stride_yq, stride_c, heads, D, HALF, HEADS, TURN
+        )
     elif tl.program_id(1) == 1:
-        _rotate_one(k_ptr, yk_ptr, cos_ptr, sin_ptr, tokens, kb, kt, kh, stride_yk, stride_c, kv_heads, D, HALF, KV_HEADS,
-                    TURN)  # fmt: skip
+        _rotate_one(k_ptr, yk_ptr, cos_ptr, sin_ptr, tokens, kb, kt, kh, stride_yk, stride_c, kv_heads, D, HALF,
+                    KV_HEADS, TURN)  # fmt: skip
     else:
-        _rotate_one(v_ptr, yv_ptr, cos_ptr, sin_ptr, tokens, vb, vt, vh, stride_yv, stride_c, kv_heads, D, HALF, KV_HEADS,
-                    0)  # fmt: skip
+        _rotate_one(v_ptr, yv_ptr, cos_ptr, sin_ptr, tokens, vb, vt, vh, stride_yv, stride_c, kv_heads, D, HALF,
+                    KV_HEADS, 0)  # fmt: skip
 
 
 def rotate(given: Sequence[Tensor], out: Sequence[Tensor], cos: Tensor, sin: Tensor, *, backward: bool = False) -> None:
@@ -301,8 +303,8 @@ def _swiglu(gate_ptr, up_ptr, h_ptr, codes_ptr, scale_ptr, f, QUANTIZE: tl.const
 
 
 def swiglu(gate: Tensor, up: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor | None]:
-    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202), and None; or with ``quantized`` its int8 codes, and their scale a
-    row [T]."""
+    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202), and None; or with ``quantized`` its int8 codes, and their scale
+    a row [T]."""
     tokens, f = gate.shape
     h = torch.empty(tokens, f, dtype=torch.int8 if quantized else gate.dtype, device=gate.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
