@@ -226,9 +226,9 @@ class _FlashAttention(torch.autograd.Function):
 
 @contextmanager
 def _as_on(gpu: bool) -> Iterator[None]:
-    """Within, attention is a fused kernel's, the loss is cut as on a GPU and the CPU's joint layers are not taken, though
-    tensors that lie nowhere are the CPU's to torch; or, for the CPU, some token of each adapter has no label, as is
-    usual: which, such tensors cannot say."""
+    """Within, attention is a fused kernel's, the loss is cut as on a GPU and the CPU's joint layers are not taken:
+    tensors that lie nowhere are the CPU's to torch. For the CPU, some token of each adapter has no label, as is usual:
+    which, such tensors cannot say."""
     attention = torch.nn.functional.scaled_dot_product_attention
     own = loss.on_host, loss.rows_that_count, loss.may_hold_any, loss.cross_entropy_, joint_cpu.takes
     if gpu:
