@@ -1,8 +1,7 @@
 """One training step on tensors without storage, and the bytes that it would hold at each point.
 
 torch's fake tensors run the code that a real step runs, autograd and recomputation included, but have shapes only. A
-ledger adds every new storage and takes it off when it is freed. What a kernel allocates inside itself is not seen, but
-for logsumexp's."""
+ledger adds every new storage and takes it off when it is freed. What a kernel allocates inside itself is not seen."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetuna_lightning.errors import BackboneError
+from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.ops import loss, reference
 
 FORWARD, HEAD, HEAD_BACKWARD = "forward pass of the layers", "head and loss", "backward pass of the head"
@@ -101,10 +101,6 @@ class Ledger(TorchDispatchMode):
                 given = (other for other in tree_leaves((args, kwargs)) if isinstance(other, Tensor))
                 if all(other.untyped_storage()._cdata != leaf.untyped_storage()._cdata for other in given):
                     self._add(leaf)  # else it is a view of what stood before
-        if func is torch.ops.aten.logsumexp.default:  # of as many exponentials, which it frees again
-            self._sums["working"] += args[0].nbytes
-            self._measure()
-            self._sums["working"] -= args[0].nbytes
         return out
 
     def enter(self, phase: str) -> None:
@@ -230,19 +226,22 @@ class _FlashAttention(torch.autograd.Function):
 
 @contextmanager
 def _as_on(gpu: bool) -> Iterator[None]:
-    """Within, ``scaled_dot_product_attention`` is a fused kernel's and the loss is cut as on a GPU, though tensors that
-    lie nowhere are the CPU's to torch; or, for the CPU, some token of each adapter has no label, as is usual: which,
-    such tensors cannot say."""
-    own = torch.nn.functional.scaled_dot_product_attention, loss.on_host, loss.rows_that_count, loss.cross_entropy_
+    """Within, attention is a fused kernel's, the loss is cut as on a GPU and the CPU's joint layers are not taken:
+    tensors that lie nowhere are the CPU's to torch. For the CPU, some token of each adapter has no label, as is usual:
+    which, such tensors cannot say."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    own = loss.on_host, loss.rows_that_count, loss.may_hold_any, loss.cross_entropy_, joint_cpu.takes
     if gpu:
         torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FlashAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
         loss.on_host = lambda x: False
         loss.cross_entropy_ = lambda *_: None  # Triton's writes over the logits
-    loss.rows_that_count = lambda labels: torch.arange(len(labels) - 1)
+        joint_cpu.takes = lambda *_: False
+    loss.rows_that_count, loss.may_hold_any = lambda labels: torch.arange(len(labels) - 1), lambda mask: True
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention, loss.on_host, loss.rows_that_count, loss.cross_entropy_ = own
+        torch.nn.functional.scaled_dot_product_attention = attention
+        loss.on_host, loss.rows_that_count, loss.may_hold_any, loss.cross_entropy_, joint_cpu.takes = own
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import finetuna_lightning as ft
 from finetuna_lightning.adapters import AdapterBank
+from finetuna_lightning.backbone import quantized_layers
 from finetuna_lightning.errors import CheckpointError, ConfigError, RouteError, TargetError
 from finetuna_lightning.finetuned import adapter_of
 from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedLinear
@@ -626,10 +627,14 @@ def test_models_that_are_moved_share_what_they_moved_to() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # dynamo's own, of autograd functions
+@pytest.mark.parametrize("compute", ["16bit", "int8"])
 @pytest.mark.parametrize("kind", ["llama", "plain"])
-def test_compile(kind: str) -> None:
+def test_compile(kind: str, compute: str) -> None:
+    """Products in int8 are then torch's own, one layer after another, which round the deltas elsewhere."""
     torch._dynamo.reset()
     model = ft.new_finetuned(make(kind, **({} if kind == "plain" else {"use_cache": False})))
+    for quantized in quantized_layers(model).values():
+        quantized.compute = compute
     excite(adapter_of(model))
     wanted = logits_of(model, inputs(kind))
     model.backward(wanted.square().mean())  # type: ignore[operator]

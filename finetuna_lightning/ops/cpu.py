@@ -123,7 +123,7 @@ _last = _Last()
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     """``quantize_rows`` of x's vectors, once for one and the same tensor."""
-    cached = not x.is_inference() and not torch.compiler.is_compiling()
+    cached = not torch.compiler.is_compiling() and not x.is_inference()
     if cached and _last.quantized is not None and _last.of() is x and _last.version == x._version:
         return _last.quantized
     result = quantize_rows(x.detach().reshape(x.numel() // x.shape[-1], x.shape[-1]))

@@ -41,20 +41,27 @@ class _QuantizedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
+def _triton_generation(device: torch.device) -> int:
+    if importlib.util.find_spec("triton") is None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _generation(device: torch.device) -> int:
+    """The first digit of a CUDA device's compute capability; 0 without Triton. (torch.compile would trace a cache.)"""
+    return _triton_generation(device)
+
+
 def has_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run on ``device``: a CUDA GPU of compute capability 8.0 or newer."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(device.type == "cuda" and _generation(device) >= 8)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
 def has_joint_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels of ``ops.kernels`` for joint layers run on ``device``, with Hopper's bulk copies."""
-    return has_triton(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return bool(device.type == "cuda" and _generation(device) >= 9)
 
 
 class _Int8Linear(torch.autograd.Function):

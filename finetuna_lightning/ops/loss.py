@@ -41,6 +41,11 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def may_hold_any(mask: Tensor) -> bool:
+    """Whether ``mask`` is true anywhere, or may be: a GPU is not asked."""
+    return not on_host(mask) or bool(mask.any())
+
+
 def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
     """Write the cross entropy of each row into ``losses`` and, with ``gradient``, its derivative over ``logits``.
 
@@ -68,7 +73,7 @@ def _cross_entropy_piece_(logits: Tensor, labels: Tensor, losses: Tensor, gradie
     if gradient:
         slopes = log_chances.exp_()
         slopes.scatter_(1, at, slopes.gather(1, at) - 1)
-        if slopes.device.type != "cpu" or bool(ignored.any()):
+        if may_hold_any(ignored):
             slopes.masked_fill_(ignored[:, None], 0)
         logits.copy_(slopes)
 

@@ -84,7 +84,7 @@ class AdapterOptimizers(Optimizer):
     stepped, each by itself. A step whose loss or gradient norm is not finite is skipped: weights, state and step count
     stay as they are. Where nothing is noted, whatever has a gradient takes part.
 
-    Flat optimizers, and torch's fused AdamW, select on the device, and the count follows one step late, so that the
+    Flat optimizers, and torch's AdamW on a GPU, select on the device, and the count follows one step late, so that the
     host never waits. For SGD, Adafactor and the paged kinds the host asks (and bitsandbytes, whose paged state it is,
     waits at every tensor).
 
@@ -209,7 +209,8 @@ class AdapterOptimizers(Optimizer):
 
     def _take(self, name: str, good: Tensor) -> None:
         optimizer, turn = self.optimizers[name], self.turns[name]
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's word for one that heeds found_inf
+        heeds = getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's word for one that heeds found_inf
+        if heeds and (isinstance(optimizer, FlatStep) or good.is_cuda):
             optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
             if isinstance(optimizer, FlatStep):
                 optimizer.coefficient = self._coefficient(name)

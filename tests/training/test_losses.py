@@ -17,6 +17,7 @@ from finetuna_lightning.backbone import quantize_model_
 from finetuna_lightning.configs import AdapterConfig
 from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.ops import loss as fused
+from finetuna_lightning.simulation import fake_mode, to_fake_
 from finetuna_lightning.training.batches import by_adapter, collate
 from finetuna_lightning.training.head import HeadInput
 from finetuna_lightning.training.losses import adapter_losses
@@ -135,6 +136,24 @@ def test_every_architecture_whose_logits_come_from_the_head_alone(name: str) -> 
     """Those with a scale after the head too, and Gemma without its soft cap."""
     more = {"final_logit_softcapping": None} if name == "gemma2" else {}
     assert_alike(*both_roads(lambda: module_of(name, model=more), batch_of(False)), tolerance=5e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "granite", "cohere", "gemma2"])
+def test_what_is_assumed_without_values_is_what_trying_finds(name: str, cap: float | None) -> None:
+    """Whether the head can be left out, and whether its output comes out of the model as it is."""
+    more = {"final_logit_softcapping": cap} if name == "gemma2" else {}
+    more |= {"logits_scaling": 4.0} if name == "granite" else {}
+    tried, assumed = module_of(name, model=more)._fused_head(), module_of(name, model=more)._fused_head()
+    model = assumed._backbone
+    with fake_mode():
+        to_fake_(model, torch.device("cpu"))
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+        with assumed._bank.bare():
+            assumed.assume(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits)
+    assert assumed.obstacle() == tried.obstacle()
+    assert (assumed.obstacle() is None) == (name != "gemma2" or cap is None)
+    assert assumed._passes_on == tried._passes_on == (assumed.obstacle() is None and name not in ("granite", "cohere"))
 
 
 def test_in_the_deterministic_mode_every_adapter_has_a_pass_of_its_own() -> None:
