@@ -94,7 +94,8 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence
         return out.transpose(1, 2).reshape(1, -1, query.shape[1], size)
     q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))  # a select's gradient is a copy
     out = _Ragged.apply(q, k, v, _starts(tuple(lengths), query.device), max(lengths), scale)  # type: ignore[no-untyped-call]
-    return out[None]
+    result: Tensor = out[None]
+    return result
 
 
 class _Ragged(torch.autograd.Function):
