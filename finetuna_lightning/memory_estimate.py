@@ -21,8 +21,7 @@ from finetuna_lightning.attention import assume_full_rows, assume_packing
 from finetuna_lightning.backbone import cast_, enable_checkpointing, quantize_model_, skeleton
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig, optimizer_settings
 from finetuna_lightning.errors import BackboneError
-from finetuna_lightning.fused_memory import STACKED, fused_shape, fused_step, runs_fused
-from finetuna_lightning.nn.lora import LoRALinear
+from finetuna_lightning.fused_memory import fused_shape, fused_step, runs_fused
 from finetuna_lightning.simulation import SAMPLES, Phase, StepBytes, fake_mode, like_layers, simulate, to_fake_
 from finetuna_lightning.training.batches import Batch
 from finetuna_lightning.training.module import MultiAdapterModule
@@ -212,19 +211,17 @@ def _same_targets(run: _Run, layers: Sequence[str]) -> bool:
     return True
 
 
-def _counted(run: _Run) -> tuple[dict[str, AdapterBytes], dict[str, int]]:
-    """By adapter, its bytes and the sum of its deltas' ranks. Adapters of one configuration are counted once."""
+def _counted(run: _Run) -> dict[str, AdapterBytes]:
+    """By adapter, its bytes. Adapters of one configuration are counted once."""
     counted: dict[str, AdapterBytes] = {}
-    ranks: dict[str, int] = {}
     for name, config in run.adapters.items():
         like = next((other for other in counted if run.adapters[other] == config), None)
         if like is None:
             adapter = next(run.bank(run.model(), [name]).adapters())
             counted[name] = _adapter_bytes(adapter, config, run.optim, run.gpu)
-            ranks[name] = sum(delta.rank for delta in adapter.deltas.values() if isinstance(delta, LoRALinear))
         else:
-            counted[name], ranks[name] = counted[like], ranks[like]
-    return counted, ranks
+            counted[name] = counted[like]
+    return counted
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -317,11 +314,10 @@ def _step(run: _Run, model: nn.Module) -> StepBytes:
     raise refusal
 
 
-def _low_rank_width(run: _Run, ranks: Mapping[str, int], tokens: Mapping[str, int]) -> int:
-    """Low-rank products of a token in all layers: of all adapters where these stand stacked, else of its own alone."""
-    if sum(config.rank for config in run.adapters.values()) <= STACKED:
-        return sum(ranks.values())
-    return sum(ranks[name] * tokens[name] for name in ranks) // sum(tokens.values())
+def _low_rank_width(run: _Run) -> int:
+    """Low-rank products of a token in one layer, the largest rank for each of its targets."""
+    rank = max(config.rank for config in run.adapters.values())
+    return 7 * rank
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -368,12 +364,13 @@ def estimate_memory(
     model = run.model()
     _resolve(run, model)
     standing = module_bytes(model)
-    counted, ranks = _counted(run)
-    if runs_fused(architecture, backbone, dtype, gpu) if fused is None else fused:
+    counted = _counted(run)
+    if runs_fused(architecture, backbone, adapters.values(), dtype, gpu) if fused is None else fused:
         tokens = {name: own.count * own.tokens for name, own in each.items()}
-        shape = fused_shape(architecture, _low_rank_width(run, ranks, tokens) // architecture.num_hidden_layers)
         gradients = sum(own.gradients for own in counted.values())
-        step = fused_step(shape, sum(tokens.values()), gradients, backbone.gradient_checkpointing)
+        waiting = sum(own.gradients for name, own in counted.items() if adapters[name].accumulate > 1)
+        total, recompute = sum(tokens.values()), backbone.gradient_checkpointing
+        step = fused_step(fused_shape(architecture, _low_rank_width(run)), total, gradients, waiting, recompute)
     else:
         step = _step(run, model)
     return MemoryEstimate(standing, counted, step, CUDA_LIBRARIES if gpu else 0, "cuda" if gpu else "cpu")

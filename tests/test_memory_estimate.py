@@ -17,6 +17,7 @@ from benchmarks.common import LLAMA_3_8B
 from finetuna_lightning.backbone import enable_checkpointing, quantize_model_, read_config
 from finetuna_lightning.configs import OPTIMIZERS, AdapterConfig, BackboneConfig, OptimConfig
 from finetuna_lightning.errors import BackboneError
+from finetuna_lightning.fused_memory import runs_fused
 from finetuna_lightning.memory_estimate import (
     MemoryEstimate,
     Sequences,
@@ -273,6 +274,43 @@ def test_llama_3_8b_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             backbone=BackboneConfig(gradient_checkpointing=recompute),
         )  # fmt: skip
         assert found.peak / 2**30 == pytest.approx(gib, rel=0.01)
+
+
+def test_the_fused_layers_of_a_gpu_as_they_were_measured() -> None:
+    """Peaks of `python -m benchmarks.gpu w1 w2 w5` on one H200 (benchmarks/LOG.md, 2026-11-26)."""
+    config = transformers.LlamaConfig(**LLAMA_3_8B)
+    for count, sequences, recompute, gib, bound in (
+        (8, Sequences(1, 1024), False, 35.93, 0.02),
+        (1, Sequences(8, 1024), False, 34.27, 0.02),
+        (1, Sequences(8, 1024), True, 11.43, 0.05),
+        (1, Sequences(1, 1024), False, 12.20, 0.02),
+        (8, Sequences(1, 128), False, 13.87, 0.02),
+    ):
+        found = estimate_memory(
+            config, {f"a{i}": AdapterConfig(rank=16) for i in range(count)}, sequences, packed=True, device="cuda",
+            optim=OptimConfig("adamw8bit"), backbone=BackboneConfig(gradient_checkpointing=recompute), fused=True,
+        )  # fmt: skip
+        assert found.peak / 2**30 == pytest.approx(gib, rel=bound)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "backbone", "dtype"),
+    [
+        ({"dropout": 0.1}, {}, torch.bfloat16),
+        ({"bias": True}, {}, torch.bfloat16),
+        ({}, {"scheme": "fp8"}, torch.bfloat16),
+        ({}, {"attn_implementation": "eager"}, torch.bfloat16),
+        ({}, {"skip_modules": ["lm_head"]}, torch.bfloat16),
+        ({}, {}, torch.float32),
+    ],
+)
+def test_what_is_not_fused_is_not_counted_so(adapter: Any, backbone: Any, dtype: torch.dtype) -> None:
+    given = llama(4), BackboneConfig(**backbone), [AdapterConfig(rank=2, **adapter)], dtype
+    assert not runs_fused(*given, gpu=True)
+    if torch.cuda.is_available():
+        return
+    assert runs_fused(llama(4), BackboneConfig(), [AdapterConfig(rank=2)], torch.bfloat16, gpu=True)
+    assert not runs_fused(llama(4), BackboneConfig(), [AdapterConfig(rank=2)], torch.bfloat16, gpu=False)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])

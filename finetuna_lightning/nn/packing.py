@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -92,44 +90,18 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence
                 q, k, v, is_causal=True, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
             )
         return out.transpose(1, 2).reshape(1, -1, query.shape[1], size)
+    starts, longest = _starts(tuple(lengths), query.device), max(lengths)
     q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))  # a select's gradient is a copy
-    out = _Ragged.apply(q, k, v, _starts(tuple(lengths), query.device), max(lengths), scale)  # type: ignore[no-untyped-call]
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+    )[0]
     result: Tensor = out[None]
     return result
 
 
-class _Ragged(torch.autograd.Function):
-    """Causal flash attention (arXiv 2307.08691) within the sequences that begin at ``starts``: q [tokens, heads, D], k
-    and v [tokens, fewer heads, D]. The backward pass adds up in a fixed order, so that a sequence's gradients are the
-    same, to the bit, in any company."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float) -> Tensor:
-        out, norms, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
-        )
-        ctx.save_for_backward(q, k, v, out, norms, starts, state, unused)
-        ctx.longest, ctx.scale = longest, scale
-        return out  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, norms, starts, state, unused = ctx.saved_tensors
-        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        torch.use_deterministic_algorithms(True)
-        try:
-            grads = torch.ops.aten._flash_attention_backward(
-                grad.contiguous(), q, k, v, out, norms, starts, starts, ctx.longest, ctx.longest, 0.0, True, state,
-                unused, scale=ctx.scale,
-            )  # fmt: skip
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        return (*grads, None, None, None)
-
-
 _SHORT = 256
-"""Tokens of a sequence up to which rows of a batch are ragged too: cuDNN takes other sums for other numbers of rows."""
+"""Tokens of a sequence up to which rows of a batch are ragged too. Of so few tokens, flash attention's gradients have
+two summands at most, and so are the same in any company; cuDNN takes other sums for other numbers of rows."""
 
 _PREFERRED = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
