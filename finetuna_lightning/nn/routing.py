@@ -368,8 +368,9 @@ def _place(parameter: Tensor | None) -> int:
 
 
 def is_observed(layer: nn.Module) -> bool:
-    """Whether somebody hooked the layer: it has to be called then."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    """Whether somebody hooked the layer, or gave it a forward of its own: it has to be called then."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in layer.__dict__
 
 
 class RoutedLinear(_Routed):
