@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,11 +36,11 @@ Deltas = Sequence[Sequence[LoRALinear | None]]
 
 
 class Kept(list[Any]):
-    """Deltas whose parameters are known to stay where they are, and what was made of them here: ``plans``."""
+    """Deltas whose parameters are known to stay where they are, and what was ``made`` of them here."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         super().__init__(items)
-        self.plans: dict[int, _Plan] = {}
+        self.made: dict[int, _Lasting] = {}
 
 
 def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
@@ -260,38 +259,42 @@ def _scales(weights: Sequence[QuantizedWeight]) -> Tensor:
     return found
 
 
-class _Plan:
-    """The deltas of the layers of one autograd function, by groups that share an input, and whose rows are whose."""
+class _Lasting:
+    """What does not depend on the rows: the deltas of the layers of one autograd function, by groups that share an
+    input, where their matrices stand, and their parameters in the order of the gradients."""
 
     def __init__(
-        self,
-        groups: Sequence[Deltas],
-        weights: Sequence[Sequence[QuantizedWeight]],
-        tiling: Tiling,
-        device: torch.device,
+        self, groups: Sequence[Deltas], weights: Sequence[Sequence[QuantizedWeight]], device: torch.device
     ) -> None:
         sides = [(own[0].shape[1], [q.shape[0] for q in own]) for own in weights]
-        self.groups, self.tiling, self.table = groups, tiling, _table(groups, sides, device)
+        self.groups, self.table, self.parameters = groups, _table(groups, sides, device), _parameters(groups)
+
+
+class _Plan:
+    """The same for the rows of one batch."""
+
+    def __init__(self, lasting: _Lasting, tiling: Tiling) -> None:
+        self.lasting, self.tiling = lasting, tiling
 
     @property
     def any(self) -> bool:
         """Whether there is a delta at all."""
-        return self.table is not None
+        return self.lasting.table is not None
 
-    @cached_property
+    @property
     def parameters(self) -> list[Tensor]:
-        """Of all deltas, in the order of the gradients."""
-        return _parameters(self.groups)
+        """Of all deltas."""
+        return self.lasting.parameters
 
     def gathered(self, dtype: torch.dtype) -> list[_Deltas]:
         """The groups, with their matrices in ``dtype``."""
         from finetuna_lightning.ops.kernels import lowrank
 
-        table = self.table
+        table, groups = self.lasting.table, self.lasting.groups
         if table is None:
-            return [_Deltas(None, group, self.tiling, None) for group in self.groups]
+            return [_Deltas(None, group, self.tiling, None) for group in groups]
         flat = lowrank.gather(table.jobs, table.size, table.widest, dtype)
-        return [_Deltas(own, group, self.tiling, flat) for own, group in zip(table.groups, self.groups, strict=True)]
+        return [_Deltas(own, group, self.tiling, flat) for own, group in zip(table.groups, groups, strict=True)]
 
 
 def _plan(
@@ -301,10 +304,10 @@ def _plan(
     tiling: Tiling,
     device: torch.device,
 ) -> _Plan:
-    kept = deltas.plans if isinstance(deltas, Kept) else {}
+    kept = deltas.made if isinstance(deltas, Kept) else {}
     if len(groups) not in kept:
-        kept[len(groups)] = _Plan(groups, weights, tiling, device)
-    return kept[len(groups)]
+        kept[len(groups)] = _Lasting(groups, weights, device)
+    return _Plan(kept[len(groups)], tiling)
 
 
 _NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -318,7 +318,7 @@ def joint_parts(
         spans = [(name, start * each, stop * each) for name, start, stop in route.segments(x.shape[axis])]
     cut = tiling(spans, x.device)
     kept = None if route is None or x.device.type == "cpu" else _kept(bank, route)
-    key = (layers[0], len(layers), cut)
+    key = (layers[0], len(layers), cut.names)
     if kept is not None and key in kept:
         return cut, kept[key], weights, biases
     deltas = joint.Kept([])
@@ -337,10 +337,13 @@ def joint_parts(
                 _check_gradients(bank, delta)
         deltas.append(joint.Kept(own))
     if kept is not None and lasting:
+        if len(kept) >= _MOST:  # ever other companies
+            kept.clear()
         kept[key] = deltas
     return cut, deltas, weights, biases
 
 
+_MOST = 4096
 _KEPT: WeakKeyDictionary[Any, tuple[list[Any], dict[Any, joint.Kept]]] = WeakKeyDictionary()
 
 

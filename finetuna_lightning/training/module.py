@@ -596,6 +596,7 @@ class MultiAdapterModule(LightningModule):
             resume.set_random_states(resumed["random"])
         live.warn_of_joint_accumulation(self)
         live.retire(self)
+        gc.unfreeze()  # of a fit that failed
         gc.collect()
         gc.freeze()  # or Python now and then looks for garbage among what stays (32 ms of a step on an 8B model)
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from finetuna_lightning.adapters import AdapterBank
 from finetuna_lightning.errors import RouteError
 from finetuna_lightning.nn import routing
+from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedLinear, quantize_
 from finetuna_lightning.nn.routing import (
     Route,
@@ -665,3 +666,31 @@ def test_active_route() -> None:
         assert active_route(bank) is route
         with routed(bank, None):
             assert active_route(bank) is None
+
+
+def test_what_joint_layers_look_up_is_kept_while_parameters_stay() -> None:
+    names = list(SETTINGS)[:2]
+    _, bank = bank_of(*names)
+    route = Route.of_rows(names)
+
+    def kept() -> dict[Any, Any]:
+        with routed(bank, route):
+            found = routing._kept(bank, route)
+            assert routing._kept(bank, route) is found
+            return found
+
+    first = kept()
+    assert kept() is first
+    delta = next(d for d in bank.deltas(names[1]) if isinstance(d, LoRALinear))
+    with torch.no_grad():
+        next(delta.parameters()).add_(1)
+    assert kept() is first
+    for change in (
+        lambda: setattr(delta, "dropout", 0.5),
+        lambda: setattr(delta.lora_A, "data", delta.lora_A.data.clone()),
+        lambda: setattr(delta, "lora_B", nn.Parameter(delta.lora_B.data)),
+        lambda: bank.remove(names[0]) and bank.add(names[0], seed=5, **SETTINGS[names[0]]),
+    ):
+        before = kept()
+        change()
+        assert kept() is not before
