@@ -562,7 +562,9 @@ def linear(
     plan = _plan(deltas, [[deltas]], [[q]], tiling, x.device)
     if residual is not None:
         residual = residual.reshape(-1, q.shape[0])
-    y: Tensor = _Linear.apply(_rows(x.reshape(-1, x.shape[-1])), residual, q, bias, plan, *plan.parameters)  # type: ignore[no-untyped-call]
+    flat = _rows(x.reshape(-1, x.shape[-1]))
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        y: Tensor = _Linear.apply(flat, residual, q, bias, plan, *plan.parameters)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -580,9 +582,10 @@ def attention_inputs(
         return q, k, v, x
     plan = _plan(deltas, [deltas], [weights], tiling, x.device)
     flat = _rows(x.reshape(-1, features))
-    q, k, v, same = _Attention.apply(  # type: ignore[no-untyped-call]
-        flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.parameters
-    )
+    with torch.cuda.device_of(x):
+        q, k, v, same = _Attention.apply(  # type: ignore[no-untyped-call]
+            flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.parameters
+        )
     return q, k, v, same.view(x.shape)
 
 
@@ -595,7 +598,8 @@ def swiglu(
         return joint_cpu.swiglu(x, weights, deltas, tiling.spans)
     plan = _plan(deltas, [deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
     flat = _rows(x.reshape(-1, x.shape[-1]))
-    out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters)  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x):
+        out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters)  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 
@@ -624,14 +628,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if x.device.type == "cpu":
         return cpu_rows.rms_norm(flat, weight, eps).view(x.shape)
-    return _Norm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
+    with torch.cuda.device_of(x):
+        out: Tensor = _Norm.apply(flat, weight, eps)  # type: ignore[no-untyped-call]
+    return out.view(x.shape)
 
 
 def takes_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels compute the RMSNorm of x: a Hopper GPU, 16-bit activations, a frozen weight of their type. On
     the CPU, ``ops.cpu_rows`` does, in bfloat16."""
+    if torch.compiler.is_compiling():
+        return False
     if x.device.type == "cpu":
-        known = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        known = x.dtype == torch.bfloat16
     else:
         known = has_joint_kernels(x.device) and x.dtype in (torch.bfloat16, torch.float16)
     return known and weight.dtype == x.dtype and not weight.requires_grad and x.stride(-1) == 1 and x.numel() > 0

@@ -90,10 +90,11 @@ def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -
     from finetuna_lightning.ops.kernels import gemm, rows
 
     flat = x.reshape(-1, x.shape[-1])
-    values, row_scale = rows.quantize(flat)
     out = torch.empty(flat.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
     tiles = tiling([("", 0, flat.shape[0])], x.device).tiles
-    gemm.gemm(values, codes, out, tiles, row_scale=row_scale, column_scale=scale, bias=bias)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        values, row_scale = rows.quantize(flat)
+        gemm.gemm(values, codes, out, tiles, row_scale=row_scale, column_scale=scale, bias=bias)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -102,10 +103,11 @@ def _int8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     from finetuna_lightning.ops.kernels import gemm, rows
 
     flat = grad.reshape(-1, grad.shape[-1])
-    values, row_scale = rows.quantize(flat, scale)
-    turned = rows.transpose([codes])
     out = torch.empty(flat.shape[0], codes.shape[1], dtype=grad.dtype, device=grad.device)
-    gemm.gemm(values, turned, out, tiling([("", 0, flat.shape[0])], grad.device).tiles, row_scale=row_scale)
+    tiles = tiling([("", 0, flat.shape[0])], grad.device).tiles
+    with torch.cuda.device_of(grad):
+        values, row_scale = rows.quantize(flat, scale)
+        gemm.gemm(values, rows.transpose([codes]), out, tiles, row_scale=row_scale)
     return out.view(*grad.shape[:-1], -1)
 
 

@@ -57,7 +57,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: boo
     if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
         from finetuna_lightning.ops.kernels import loss as kernel
 
-        kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
+        with torch.cuda.device_of(logits):  # Triton launches on the current one
+            kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
     else:
         step = max(1, PIECE_ELEMENTS // max(logits.shape[1], 1))
         for first in range(0, logits.shape[0], step):

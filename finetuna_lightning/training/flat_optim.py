@@ -235,11 +235,13 @@ class FlatStep(Optimizer):
         at = [[p.data_ptr() for p in shelf.parameters[part]], [g.data_ptr() for g in own]]
         addresses = torch.tensor(at, pin_memory=True).to(fused.device, non_blocking=True)
         assert shelf.absmax is not None
-        adam.adamw8bit(
-            *fused.tables(part.start, part.stop), addresses, shelf.moments, shelf.absmax, fused.maps, zero=fused.zero,
-            lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], step=count,
-            skip=skip, coefficient=self.coefficient, aligned=not any(a & 15 for row in at for a in row),
-        )  # fmt: skip
+        with torch.cuda.device(fused.device):  # Triton launches on the current one
+            adam.adamw8bit(
+                *fused.tables(part.start, part.stop), addresses, shelf.moments, shelf.absmax, fused.maps,
+                zero=fused.zero, lr=group["lr"], betas=group["betas"], eps=group["eps"],
+                weight_decay=group["weight_decay"], step=count, skip=skip,
+                coefficient=self.coefficient, aligned=not any(a & 15 for row in at for a in row),
+            )  # fmt: skip
 
     def _advance(
         self, shelf: Shelf, chunk: Chunk, gradients: Sequence[Tensor | None], count: int, skip: Tensor | None
