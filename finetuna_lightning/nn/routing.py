@@ -337,19 +337,17 @@ def joint_parts(
                 _check_gradients(bank, delta)
         deltas.append(joint.Kept(own))
     if kept is not None and lasting:
-        if len(kept) >= _MOST:  # ever other companies
-            kept.clear()
         kept[key] = deltas
     return cut, deltas, weights, biases
 
 
-_MOST = 4096
-_KEPT: WeakKeyDictionary[Any, tuple[list[Any], dict[Any, joint.Kept]]] = WeakKeyDictionary()
+_COMPANIES = 16
+_KEPT: WeakKeyDictionary[Any, dict[tuple[str, ...], tuple[list[Any], dict[Any, joint.Kept]]]] = WeakKeyDictionary()
 
 
 def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
-    """The deltas of groups of layers that earlier passes found, while all parameters stay where they are: that is
-    looked at once a pass, since to ask each delta at each layer takes longer than a GPU does."""
+    """The deltas of groups of layers that earlier passes of the same adapters found, while all their parameters stay
+    where they are: that is looked at once a pass, since asking each delta at each layer takes longer than a GPU."""
     if not route._kept:
         stamp: list[Any] = [
             value
@@ -357,10 +355,12 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
             for delta in bank.deltas(name)
             for value in (getattr(delta, "dropout", 0), *map(_place, delta._parameters.values()))
         ]
-        last = _KEPT.get(bank)
-        if last is None or last[0] != stamp:
-            last = _KEPT[bank] = (stamp, {})
-        route._kept["deltas"] = last[1]
+        companies = _KEPT.setdefault(bank, {})
+        if route.names not in companies or companies[route.names][0] != stamp:
+            if len(companies) >= _COMPANIES:
+                companies.clear()
+            companies[route.names] = (stamp, {})
+        route._kept["deltas"] = companies[route.names][1]
     found: dict[Any, joint.Kept] = route._kept["deltas"]
     return found
 

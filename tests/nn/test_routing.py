@@ -685,6 +685,9 @@ def test_what_joint_layers_look_up_is_kept_while_parameters_stay() -> None:
     with torch.no_grad():
         next(delta.parameters()).add_(1)
     assert kept() is first
+    with routed(bank, other := Route.of_rows(names[1:])):
+        assert routing._kept(bank, other) is not first
+    assert kept() is first  # another company in between
     for change in (
         lambda: setattr(delta, "dropout", 0.5),
         lambda: setattr(delta.lora_A, "data", delta.lora_A.data.clone()),
