@@ -318,7 +318,10 @@ MISTAKES = {
     "sample of no adapter": (["samples={sqll: x}"], "samples has 'sqll', which is no adapter; did you mean 'sql'?"),
     "joint clipping": (["+trainer.gradient_clip_val=0.5"], "set max_grad_norm=0.5 in AdapterConfig"),
     "fp8 on the CPU": (["+trainer.plugins.0.compute=fp8"], "compute='fp8' needs a CUDA GPU"),
-    "plugin's setting": (["+trainer.plugins.0.compute=fp9"], "compute must be one of auto, 16bit, int8, fp8, not"),
+    "plugin's setting": (
+        ["+trainer.plugins.0.compute=fp9"],
+        "compute must be one of auto, 16bit, int8, fp8, not 'fp9'",
+    ),
     "callback's setting": (["+callbacks.adapters.mode=low"], "AdapterCheckpoint.mode must be one of min, max"),
     "trainer's setting": (["+trainer.max_stepz=3"], "max_stepz"),
     "trainer against its callbacks": (["+trainer.enable_progress_bar=false"], "found `AdapterProgress`"),

@@ -43,7 +43,7 @@ class FusedSwiGLU(nn.Module):
 
 class FusedAttention(nn.Module):
     """Self-attention with rotary embeddings: q, k and v in one go, the attention function that the configuration
-    names, and the output projection. ``attend`` is that function's look-up, put there by ``fusing.fuse_``."""
+    names, and the output projection. ``finetuna_attend`` is that function's look-up, put there by ``fusing.fuse_``."""
 
     q_proj: nn.Module
     k_proj: nn.Module

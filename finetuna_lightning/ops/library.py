@@ -171,15 +171,17 @@ def quantized_linear(
     """``x W^T + bias`` over 8-bit storage: x [..., in], codes [out, in], result [..., out] in x's type (under autocast,
     in autocast's). Differentiable in x and bias; the codes and scales are constants.
 
-    ``compute="fp8"`` says once, for each shape that float8 units do not take, that it is computed in 16 bits.
+    What ``compute`` asks for and cannot be had is said once, for each shape: 8-bit units take multiples of 16, and the
+    kernels of a GPU take int8 beside 16-bit activations alone.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     in_int8 = compute == scheme == "int8"
-    if in_int8 and x.numel() and has_joint_kernels(x.device) and x.dtype != torch.float32:
-        if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
+    if in_int8 and x.numel() and has_joint_kernels(x.device):
+        narrow = x.dtype in (torch.bfloat16, torch.float16)
+        if narrow and codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
             return _Int8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
-        _say_not_8bit(tuple(codes.shape), "int8")
+        _say_not_8bit(tuple(codes.shape), "int8", "multiples of 16" if narrow else "activations in 16 bits")
     if compute == "fp8" and scheme == "fp8" and x.is_cuda:
         if codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0:
             return _Fp8Linear.apply(x, codes, scale, bias)  # type: ignore[no-any-return, no-untyped-call]
@@ -190,5 +192,6 @@ def quantized_linear(
 
 
 @cache
-def _say_not_8bit(shape: tuple[int, ...], kind: str) -> None:
-    warnings.warn(f"a {shape[0]}x{shape[1]} layer is computed in 16 bits: {kind} needs multiples of 16", stacklevel=3)
+def _say_not_8bit(shape: tuple[int, ...], kind: str, needed: str = "multiples of 16") -> None:
+    how = "16 bits" if needed == "multiples of 16" else "float32"
+    warnings.warn(f"a {shape[0]}x{shape[1]} layer is computed in {how}: {kind} needs {needed}", stacklevel=3)

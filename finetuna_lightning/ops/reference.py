@@ -61,7 +61,8 @@ def _tree_midpoints(device: torch.device) -> Tensor:
 
 def _quantize_rows(rows: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     limit = INT8_MAX if scheme == "int8" else FP8_MAX
-    scale = rows.abs().amax(dim=1) / limit
+    top = rows.abs().amax(dim=1)
+    scale = top / top.new_full((), limit)  # by a number, CUDA multiplies with its reciprocal: other bits than a CPU's
     normalised = rows / torch.where(scale == 0, 1.0, scale)[:, None]
     if scheme == "int8":
         return normalised.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale

@@ -115,13 +115,12 @@ class EightBitPrecision(Precision):
                 f"use "
                 "MultiAdapterModule"
             )
+        trainer = module.trainer if isinstance(module, LightningModule) else None
+        device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
         if not getattr(module, "backbone_is_prepared", False):
-            trainer = module.trainer if isinstance(module, LightningModule) else None
-            device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
             quantize_model_(backbone, self.scheme, self.block_size, self.skip_modules)
             cast_(backbone, resolve_dtype(self.dtype, device))
-        root = module.trainer.strategy.root_device if isinstance(module, LightningModule) else None
-        self.set_compute(backbone, root)
+        self.set_compute(backbone, device if trainer is not None else None)
         if self.compute == "auto" and any(q.compute == "int8" for q in quantized_layers(backbone).values()):
             rank_zero_info("the backbone's products are computed in int8; EightBitPrecision(compute='16bit') does not")
         return module

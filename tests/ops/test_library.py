@@ -173,3 +173,5 @@ def test_a_shape_that_float8_does_not_take_is_told_once() -> None:
     with pytest.warns(UserWarning, match="a 7x13 layer is computed in 16 bits: float8 needs multiples of 16"):
         library._say_not_8bit((7, 13), "float8")
     library._say_not_8bit((7, 13), "float8")
+    with pytest.warns(UserWarning, match="a 7x13 layer is computed in float32: int8 needs activations in 16 bits"):
+        library._say_not_8bit((7, 13), "int8", "activations in 16 bits")
