@@ -598,7 +598,7 @@ class MultiAdapterModule(LightningModule):
         live.retire(self)
         gc.unfreeze()  # of a fit that failed
         gc.collect()
-        gc.freeze()  # or Python now and then looks for garbage among what stays (32 ms of a step on an 8B model)
+        gc.freeze()  # or Python now and then looks for garbage among all that stays, while the GPU waits
 
     def on_train_end(self) -> None:
         """Python's collector looks at everything again."""
