@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -425,7 +426,7 @@ class AdapterBank(nn.ModuleDict):
                 )
         if training:
             seeds = {name: self._dropout_seed(name) for name in dict.fromkeys(route.names)}
-            route = Route(route.names, route.rows, seeds, route.lengths, route.numbers)
+            route = replace(route, seeds=seeds)
         return routed(self, route)
 
     def bare(self) -> AbstractContextManager[None]:

@@ -36,10 +36,12 @@ Deltas = Sequence[Sequence[LoRALinear | None]]
 
 
 class Kept(list[Any]):
-    """Deltas whose parameters are known to stay where they are, and what was ``made`` of them here."""
+    """Deltas whose parameters are known to stay where they are, and what was ``made`` of them here. ``direct``: whether
+    their gradients are put in place without autograd (see ``Route``)."""
 
-    def __init__(self, items: Sequence[Any]) -> None:
+    def __init__(self, items: Sequence[Any], direct: bool = False) -> None:
         super().__init__(items)
+        self.direct = direct
         self.made: dict[int, _Lasting] = {}
 
 
@@ -273,18 +275,24 @@ class _Lasting:
 class _Plan:
     """The same for the rows of one batch."""
 
-    def __init__(self, lasting: _Lasting, tiling: Tiling) -> None:
-        self.lasting, self.tiling = lasting, tiling
+    def __init__(self, lasting: _Lasting, tiling: Tiling, direct: bool) -> None:
+        self.lasting, self.tiling, self.direct = lasting, tiling, direct and bool(lasting.parameters)
 
     @property
     def any(self) -> bool:
         """Whether there is a delta at all."""
         return self.lasting.table is not None
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        """Of all deltas."""
-        return self.lasting.parameters
+    def trained(self, device: torch.device) -> list[Tensor]:
+        """What autograd is to see as trained: the deltas' parameters, or one tensor in their place."""
+        return [torch.empty((), device=device, requires_grad=True)] if self.direct else self.lasting.parameters
+
+    def given(self, gradients: list[Any]) -> list[Any]:
+        """What autograd is to get for ``trained``."""
+        if not self.direct:
+            return gradients
+        _deposit(self.lasting.parameters, gradients)
+        return [None]
 
     def gathered(self, dtype: torch.dtype) -> list[_Deltas]:
         """The groups, with their matrices in ``dtype``."""
@@ -307,7 +315,18 @@ def _plan(
     kept = deltas.made if isinstance(deltas, Kept) else {}
     if len(groups) not in kept:
         kept[len(groups)] = _Lasting(groups, weights, device)
-    return _Plan(kept[len(groups)], tiling)
+    return _Plan(kept[len(groups)], tiling, isinstance(deltas, Kept) and deltas.direct)
+
+
+def _deposit(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Put gradients in place, or add them to those that are there, as autograd does."""
+    pairs = list(zip(parameters, gradients, strict=True))
+    there = [(p.grad, gradient) for p, gradient in pairs if p.grad is not None]
+    if there:
+        torch._foreach_add_([old for old, _ in there], [new for _, new in there])
+    for parameter, gradient in pairs if len(there) < len(pairs) else ():
+        if parameter.grad is None:
+            parameter.grad = gradient
 
 
 _NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -442,7 +461,7 @@ class _Linear(torch.autograd.Function):
             operand = _operand(grad, q.compute, q.scale)
             grad_x = _backward(operand, [q], ctx.dtype, plan.tiling.tiles, side.inputs(back))
         grad_residual = given if ctx.needs_input_grad[1] else None
-        return (grad_x, grad_residual, None, None, None, *side.gradients(_Operand(x), grad, low, back))
+        return (grad_x, grad_residual, None, None, None, *plan.given(side.gradients(_Operand(x), grad, low, back)))
 
 
 class _Attention(torch.autograd.Function):
@@ -495,7 +514,7 @@ class _Attention(torch.autograd.Function):
             else:
                 grad_x = rows.norm_backward(inner, x, ctx.norm[0], saved[0], _rows(grad_x))
         kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
-        return (grad_x, *[None] * 7, *side.gradients(kept, whole, low, back))
+        return (grad_x, *[None] * 7, *plan.given(side.gradients(kept, whole, low, back)))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -548,7 +567,8 @@ class _SwiGLU(torch.autograd.Function):
                 grad_x = rows.norm_backward(grad_x, x, ctx.norm[0], saved[0], grad)
         del codes, scale
         kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
-        return (grad_x, None, None, None, *first.gradients(kept, both, low, back), *outer_grads)
+        inner_grads = first.gradients(kept, both, low, back)
+        return (grad_x, None, None, None, *plan.given(inner_grads + outer_grads))
 
 
 def linear(
@@ -564,7 +584,7 @@ def linear(
         residual = residual.reshape(-1, q.shape[0])
     flat = _rows(x.reshape(-1, x.shape[-1]))
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        y: Tensor = _Linear.apply(flat, residual, q, bias, plan, *plan.parameters)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(flat, residual, q, bias, plan, *plan.trained(x.device))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -584,7 +604,7 @@ def attention_inputs(
     flat = _rows(x.reshape(-1, features))
     with torch.cuda.device_of(x):
         q, k, v, same = _Attention.apply(  # type: ignore[no-untyped-call]
-            flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.parameters
+            flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.trained(x.device)
         )
     return q, k, v, same.view(x.shape)
 
@@ -599,7 +619,7 @@ def swiglu(
     plan = _plan(deltas, [deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
     flat = _rows(x.reshape(-1, x.shape[-1]))
     with torch.cuda.device_of(x):
-        out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.parameters)  # type: ignore[no-untyped-call]
+        out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.trained(x.device))  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 

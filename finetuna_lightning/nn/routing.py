@@ -49,6 +49,9 @@ class Route:
         lengths: of a packed batch, the tokens of each sequence.
         numbers: by adapter, which of its sequences of this step these are; absent, all of them. (Of several processes,
             each has some.)
+        direct: whether the backward pass may put the gradients of deltas into ``grad`` by itself. Autograd takes longer
+            over some ten thousand parameters than a GPU over the step. It does so still where a parameter is hooked or
+            frozen.
     """
 
     names: tuple[str, ...]
@@ -56,6 +59,7 @@ class Route:
     seeds: dict[str, int] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None
     numbers: dict[str, list[int]] = field(default_factory=dict)
+    direct: bool = False
     _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -318,10 +322,11 @@ def joint_parts(
         spans = [(name, start * each, stop * each) for name, start, stop in route.segments(x.shape[axis])]
     cut = tiling(spans, x.device)
     kept = None if route is None or x.device.type == "cpu" else _kept(bank, route)
-    key = (layers[0], len(layers), cut.names)
+    direct = kept is not None and route is not None and route._kept["direct"]
+    key = (layers[0], len(layers), cut.names, direct)
     if kept is not None and key in kept:
         return cut, kept[key], weights, biases
-    deltas = joint.Kept([])
+    deltas = joint.Kept([], direct)
     lasting = kept is not None
     for layer in layers:
         path = layer._finetuna_path if isinstance(layer, _Routed) else None
@@ -335,7 +340,7 @@ def joint_parts(
                 return None
             if delta is not None and route is None:
                 _check_gradients(bank, delta)
-        deltas.append(joint.Kept(own))
+        deltas.append(joint.Kept(own, direct))
     if kept is not None and lasting:
         kept[key] = deltas
     return cut, deltas, weights, biases
@@ -349,12 +354,11 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
     """The deltas of groups of layers that earlier passes of the same adapters found, while all their parameters stay
     where they are: that is looked at once a pass, since asking each delta at each layer takes longer than a GPU."""
     if not route._kept:
-        stamp: list[Any] = [
-            value
-            for name in route.names
-            for delta in bank.deltas(name)
-            for value in (getattr(delta, "dropout", 0), *map(_place, delta._parameters.values()))
-        ]
+        deltas = [delta for name in route.names for delta in bank.deltas(name)]
+        parameters = [p for delta in deltas for p in delta._parameters.values() if p is not None]
+        settings = [(delta.alpha, getattr(delta, "dropout", 0)) for delta in deltas]
+        stamp = [*settings, *map(id, parameters), *map(Tensor.data_ptr, parameters)]
+        route._kept["direct"] = route.direct and not any(map(_is_watched, parameters))
         companies = _KEPT.setdefault(bank, {})
         if route.names not in companies or companies[route.names][0] != stamp:
             if len(companies) >= _COMPANIES:
@@ -365,9 +369,9 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
     return found
 
 
-def _place(parameter: Tensor | None) -> int:
-    """Which parameter it is, and where it stands."""
-    return 0 if parameter is None else parameter.data_ptr() * 1000003 + id(parameter)
+def _is_watched(parameter: Any) -> bool:
+    """Whether only autograd does right by the parameter: it is frozen, or somebody hooked its gradient."""
+    return not parameter.requires_grad or bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def is_observed(layer: nn.Module) -> bool:

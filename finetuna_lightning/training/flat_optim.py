@@ -132,26 +132,64 @@ class Shelf:
             yield Chunk(start, stop, parts, slice(indices[0], indices[-1] + 1) if whole else None)
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The sizes of some tensors and where the state of each starts; the kernel's programs for them, on the device.
+    There is one for all adapters that are alike."""
+
+    sizes: tuple[int, ...]
+    starts: tuple[int, ...]
+    programs: Tensor
+    tensors: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(sizes: tuple[int, ...], starts: tuple[int, ...], device: torch.device) -> Layout:
+    from finetuna_lightning.ops.kernels import adam
+
+    programs = adam.programs(sizes, adam.ROWS).to(device)
+    return Layout(sizes, starts, programs, torch.tensor([sizes, starts]).to(device))
+
+
+@functools.lru_cache(maxsize=8)
+def _kernel_maps(first: bytes, second: bytes, device: torch.device) -> tuple[Any, Any]:
+    """The kernel's form of the maps whose float32 bytes these are."""
+    from finetuna_lightning.ops.kernels import adam
+
+    own = (torch.frombuffer(bytearray(each), dtype=torch.float32).to(device) for each in (first, second))
+    return adam.nearest_map(next(own)), adam.nearest_map(next(own))
+
+
 class FusedShelf:
-    """What the kernel for a whole shelf needs besides it, on the device."""
+    """What the kernel for whole shelves needs besides them."""
 
     def __init__(self, starts: Sequence[int], sizes: Sequence[int], maps: Sequence[Tensor]) -> None:
-        from finetuna_lightning.ops.kernels import adam
+        self.starts, self.sizes, self.device = tuple(starts), tuple(sizes), maps[0].device
+        first, second = (each.float().cpu().numpy() for each in maps)
+        self.maps = _kernel_maps(first.tobytes(), second.tobytes(), self.device)
+        self.zero = int((first == 0).nonzero()[0][0])
+        self._layouts: dict[tuple[int, int], Layout] = {}
 
-        self.maps = adam.nearest_map(maps[0]), adam.nearest_map(maps[1])
-        self.zero = int((maps[0] == 0).nonzero()[0])
-        self.starts, self.sizes, self.device = starts, sizes, maps[0].device
-        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    def layout(self, first: int, last: int) -> Layout:
+        """Of the parameters from ``first`` up to ``last``."""
+        if (first, last) not in self._layouts:
+            self._layouts[first, last] = _layout(self.sizes[first:last], self.starts[first:last], self.device)
+        return self._layouts[first, last]
 
-    def tables(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The programs, and sizes and starts, of the parameters from ``first`` up to ``last``."""
-        from finetuna_lightning.ops.kernels import adam
 
-        if (first, last) not in self._tables:
-            sizes = self.sizes[first:last]
-            own = torch.tensor([sizes, self.starts[first:last]])
-            self._tables[first, last] = adam.programs(sizes).to(self.device), own.to(self.device)
-        return self._tables[first, last]
+@dataclass
+class Run:
+    """Neighbours on a shelf that have gradients and the same number of steps behind them.
+
+    Args:
+        gradients: contiguous; count: which step comes.
+    """
+
+    shelf: Shelf
+    first: int
+    last: int
+    gradients: list[Tensor]
+    count: int
 
 
 class FlatStep(Optimizer):
@@ -194,8 +232,11 @@ class FlatStep(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skip = None if self.found_inf is None else self.found_inf > 0
-        stepped: list[dict[str, Any]] = []
+        step_together([self])
+        return loss
+
+    def _runs(self) -> Iterator[Run]:
+        """What is to be stepped."""
         for shelf in self._arranged():
             gradients = [
                 g if g is None or g.is_contiguous() else g.contiguous() for g in (p.grad for p in shelf.parameters)
@@ -204,50 +245,22 @@ class FlatStep(Optimizer):
                 turned.data = turned.data.contiguous()  # as bitsandbytes does
             counts = [None if g is None else state["step"] for g, state in zip(gradients, shelf.states, strict=True)]
             first = 0
-            for count, run in groupby(counts):
-                last = first + len(list(run))
+            for count, same in groupby(counts):
+                last = first + len(list(same))
                 if count is not None:
-                    if shelf.fused is not None:
-                        self._advance_fused(shelf, shelf.fused, slice(first, last), gradients, count + 1, skip)
-                    else:
-                        for chunk in shelf.chunks(first, last):
-                            self._advance(shelf, chunk, gradients, count + 1, skip)
-                    stepped += shelf.states[first:last]
+                    own = [g for g in gradients[first:last] if g is not None]
+                    yield Run(shelf, first, last, own, count + 1)
                 first = last
-        for state in stepped:
-            state["step"] += 1
-        self._stepped, self.found_inf, self.coefficient = stepped, None, None
-        return loss
 
     def take_back(self) -> None:
         """The device did not take the last step: it does not count."""
         for state in self._stepped:
             state["step"] -= 1
 
-    def _advance_fused(
-        self, shelf: Shelf, fused: FusedShelf, part: slice, gradients: Sequence[Tensor | None], count: int,
-        skip: Tensor | None,
-    ) -> None:  # fmt: skip
-        """The ``count``-th step of the parameters of ``part``, not taken where ``skip`` says so."""
-        from finetuna_lightning.ops.kernels import adam
-
-        group, own = self.param_groups[shelf.group], [g for g in gradients[part] if g is not None]
-        at = [[p.data_ptr() for p in shelf.parameters[part]], [g.data_ptr() for g in own]]
-        addresses = torch.tensor(at, pin_memory=True).to(fused.device, non_blocking=True)
-        assert shelf.absmax is not None
-        with torch.cuda.device(fused.device):  # Triton launches on the current one
-            adam.adamw8bit(
-                *fused.tables(part.start, part.stop), addresses, shelf.moments, shelf.absmax, fused.maps,
-                zero=fused.zero, lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                weight_decay=group["weight_decay"], step=count, skip=skip,
-                coefficient=self.coefficient, aligned=not any(a & 15 for row in at for a in row),
-            )  # fmt: skip
-
-    def _advance(
-        self, shelf: Shelf, chunk: Chunk, gradients: Sequence[Tensor | None], count: int, skip: Tensor | None
-    ) -> None:
-        """The ``count``-th step of the parameters in ``chunk``, undone where ``skip`` says so."""
-        gradient = _gathered(chunk.of(gradients, shelf.padding))
+    def _advance(self, run: Run, chunk: Chunk, skip: Tensor | None) -> None:
+        """The step of the parameters in ``chunk``, undone where ``skip`` says so."""
+        shelf = run.shelf
+        gradient = _gathered(chunk.of([*[None] * run.first, *run.gradients], shelf.padding))
         if self.coefficient is not None:
             gradient.mul_(self.coefficient)
         weights = chunk.of(shelf.parameters, shelf.padding)
@@ -256,7 +269,7 @@ class FlatStep(Optimizer):
         if shelf.absmax is not None:
             changed.append(shelf.absmax[:, chunk.start // BLOCK : chunk.stop // BLOCK])
         before = [] if skip is None else [tensor.clone() for tensor in changed]
-        self._update(self.param_groups[shelf.group], gradient, count, shelf.maps, *changed)
+        self._update(self.param_groups[shelf.group], gradient, run.count, shelf.maps, *changed)
         del gradient
         if skip is not None:
             for old, new in zip(before, changed, strict=True):
@@ -348,6 +361,70 @@ class FlatStep(Optimizer):
         if FUSED and adamw and parameters[0].dtype == torch.float32 and has_triton(device):
             fused = FusedShelf(starts, [p.numel() for p in parameters], maps)
         return Shelf(group, parameters, states, starts, moments, absmax, maps, padding, fused)
+
+
+@torch.no_grad()
+def step_together(optimizers: Sequence[FlatStep]) -> None:
+    """Step each of ``optimizers``, as it would by itself; what the kernel takes, all that is laid out alike at once."""
+    alike: dict[Any, list[tuple[FlatStep, Run]]] = defaultdict(list)
+    for optimizer in optimizers:
+        skip = None if optimizer.found_inf is None else optimizer.found_inf > 0
+        stepped: list[dict[str, Any]] = []
+        for run in optimizer._runs():
+            shelf, fused = run.shelf, run.shelf.fused
+            stepped += shelf.states[run.first : run.last]
+            if fused is not None:
+                alike[fused.layout(run.first, run.last), fused.maps, fused.zero].append((optimizer, run))
+                continue
+            for chunk in shelf.chunks(run.first, run.last):
+                optimizer._advance(run, chunk, skip)
+        optimizer._stepped = stepped
+    for (layout, maps, zero), runs in alike.items():
+        _advance_fused(layout, maps, zero, runs)
+    for optimizer in optimizers:
+        for state in optimizer._stepped:
+            state["step"] += 1
+        optimizer.found_inf = optimizer.coefficient = None
+
+
+def _advance_fused(layout: Layout, maps: tuple[Any, Any], zero: int, runs: Sequence[tuple[FlatStep, Run]]) -> None:
+    """The steps of tensors that are laid out alike, one kernel for all."""
+    from finetuna_lightning.ops.kernels import adam
+
+    device = layout.programs.device
+    found: list[int] = []
+    states: list[list[int]] = []
+    settings: list[list[float]] = []
+    for optimizer, run in runs:
+        shelf, group = run.shelf, optimizer.param_groups[run.shelf.group]
+        assert shelf.absmax is not None
+        found += map(Tensor.data_ptr, shelf.parameters[run.first : run.last])
+        found += map(Tensor.data_ptr, run.gradients)
+        states.append([*map(Tensor.data_ptr, (*shelf.moments.unbind(), *shelf.absmax.unbind()))])
+        settings.append(adam.settings_of(group["lr"], group["betas"], group["eps"], group["weight_decay"], run.count))
+    addresses = torch.tensor(found).view(len(runs), 2, -1)
+    skips = [optimizer.found_inf for optimizer, _ in runs]
+    factors = [optimizer.coefficient for optimizer, _ in runs]
+    with torch.cuda.device(device):  # Triton launches on the current one
+        adam.adamw8bit(
+            layout.programs, layout.tensors, _sent(addresses, device), _sent(torch.tensor(states), device),
+            _sent(torch.tensor(settings), device), maps, zero=zero,
+            skip=_stacked(skips, 0.0, device) > 0, coefficient=_stacked(factors, 1.0, device),
+            aligned=not bool((addresses & 15).any()),
+        )  # fmt: skip
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _stacked(values: Sequence[Tensor | None], missing: float, device: torch.device) -> Tensor:
+    """0-dim tensors as one of float32, with ``missing`` where there is none."""
+    if all(value is None for value in values):
+        return torch.full((len(values),), missing, device=device)
+    absent = torch.full((), missing, device=device)
+    return torch.stack([absent if value is None else value.float() for value in values])
 
 
 def _gathered(tensors: list[Tensor]) -> Tensor:

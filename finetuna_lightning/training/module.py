@@ -139,6 +139,7 @@ class MultiAdapterModule(LightningModule):
         self._packing_tried = False
         self._head: FusedHead | None = None
         self._headless = False  # whether the pass under way may leave the output head out
+        self._direct = False  # and whether its gradients may go past autograd
         self._told: set[str] = set()
         self.val_metrics = nn.ModuleDict()
         self.retired: set[str] = set()
@@ -420,7 +421,7 @@ class MultiAdapterModule(LightningModule):
             inputs["attention_mask"] = torch.ones_like(batch["input_ids"])  # without it the model looks for sequences
         with (
             packed_pass(batch.get("lengths")),
-            bank.bare() if bare else bank.follow(route_of(batch), training=training),
+            bank.bare() if bare else bank.follow(replace(route_of(batch), direct=self._direct), training=training),
         ):
             if self._headless and not bare and self._fused_head().suits(batch["adapters"]):
                 return self._fused_head().run(inputs)
@@ -438,10 +439,14 @@ class MultiAdapterModule(LightningModule):
             self._told.add(obstacle)
             rank_zero_info(f"the loss is computed from whole logits, which takes more memory: {obstacle}")
         self._headless = obstacle is None
+        trainer = self._trainer
+        # with several processes gradients are sent by hooks of autograd's; by hand, anything may be asked of it
+        alone = trainer is not None and trainer.world_size == 1
+        self._direct = training and alone and self.automatic_optimization
         try:
             return self(batch, training=training)
         finally:
-            self._headless = False
+            self._headless = self._direct = False
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """The sum of the adapters' mean losses, each divided by its ``accumulate``. No parameter is shared, so each

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from finetuna_lightning.configs import AdapterConfig, OptimConfig, optimizer_settings
 from finetuna_lightning.errors import ConfigError
-from finetuna_lightning.training.flat_optim import FLAT, FlatStep, flat_optimizer
+from finetuna_lightning.training.flat_optim import FLAT, FlatStep, flat_optimizer, step_together
+from finetuna_lightning.training.norms import gradient_norms
 from finetuna_lightning.training.quarantine import LateVerdicts, agreed
 
 Factor = Callable[[int], float]
@@ -162,13 +163,17 @@ class AdapterOptimizers(Optimizer):
         """Clip the gradient norm of every adapter whose step is due to its own ``max_grad_norm``; the norms before.
 
         Gradients of flat optimizers stay as they are until they are gathered, in ``step``."""
-        for name in self.due():
-            gradients = [p.grad for p in self._parameters(name) if p.grad is not None]
-            if gradients and name not in self._norms:
-                self._norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-                coefficient = self._coefficient(name)
-                if coefficient is not None and not isinstance(self.optimizers[name], FlatStep):
-                    torch._foreach_mul_(gradients, coefficient)
+        owned = {
+            name: [p.grad for p in self._parameters(name) if p.grad is not None]
+            for name in self.due()
+            if name not in self._norms
+        }
+        owned = {name: gradients for name, gradients in owned.items() if gradients}
+        self._norms |= zip(owned, gradient_norms(list(owned.values())), strict=True)
+        for name, gradients in owned.items():
+            coefficient = self._coefficient(name)
+            if coefficient is not None and not isinstance(self.optimizers[name], FlatStep):
+                torch._foreach_mul_(gradients, coefficient)
         return dict(self._norms)
 
     def _coefficient(self, name: str) -> Tensor | None:
@@ -188,8 +193,16 @@ class AdapterOptimizers(Optimizer):
         due = self.due()
         for name in self._taking_part():
             self.turns[name].pending += 1
+        flat: list[FlatStep] = []
         for name, flag in agreed(self._good([name for name in due if name in self._norms])).items():
-            self._take(name, flag)
+            optimizer = self.optimizers[name]
+            if isinstance(optimizer, FlatStep):
+                optimizer.found_inf, optimizer.coefficient = (~flag).float(), self._coefficient(name)
+                flat.append(optimizer)
+                self._took(name, flag)
+            else:
+                self._take(name, optimizer, flag)
+        step_together(flat)
         if self._taken:
             self._late.append(LateVerdicts(self._taken))
             self._taken.clear()
@@ -207,16 +220,18 @@ class AdapterOptimizers(Optimizer):
         losses = [self.turns[name].finite for name in names]
         return {n: norm if own is None else norm & own for n, norm, own in zip(names, norms, losses, strict=True)}
 
-    def _take(self, name: str, good: Tensor) -> None:
-        optimizer, turn = self.optimizers[name], self.turns[name]
+    def _took(self, name: str, good: Tensor) -> None:
+        """The device takes the step, or does not: it counts until ``settle``."""
+        self.turns[name].steps += 1
+        self._taken[name] = good
+
+    def _take(self, name: str, optimizer: Optimizer, good: Tensor) -> None:
+        turn = self.turns[name]
         heeds = getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's word for one that heeds found_inf
-        if heeds and (isinstance(optimizer, FlatStep) or good.is_cuda):
+        if heeds and good.is_cuda:
             optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-            if isinstance(optimizer, FlatStep):
-                optimizer.coefficient = self._coefficient(name)
             optimizer.step()
-            turn.steps += 1
-            self._taken[name] = good
+            self._took(name, good)
         elif good:
             optimizer.step()
             turn.steps, turn.in_a_row = turn.steps + 1, 0
@@ -248,9 +263,10 @@ class AdapterOptimizers(Optimizer):
 
     def release(self) -> None:
         """Forget the gradients of steps that have been taken, so that the next forward pass has their memory."""
-        for name, optimizer in self.optimizers.items():
+        for name in self.optimizers:
             if self.turns[name].pending == 0 and name not in self._noted:
-                optimizer.zero_grad()
+                for parameter in self._parameters(name):
+                    parameter.grad = None
 
     def drop(self, name: str) -> None:
         """Forget what adapter ``name`` has accumulated."""

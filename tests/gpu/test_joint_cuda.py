@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +25,7 @@ from finetuna_lightning.backbone import (
     recompute_in_training,
 )
 from finetuna_lightning.fusing import fuse_
+from finetuna_lightning.nn import joint
 from finetuna_lightning.nn.blocks import FusedAttention, FusedLayer, FusedNorm, FusedSwiGLU
 from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.nn.routing import Route
@@ -73,6 +75,7 @@ def bank_of(model: nn.Module, names: Sequence[str] = tuple(RANKS)) -> ft.Adapter
 def run(
     compute: str, names: Sequence[str] = tuple(RANKS), *, fuse: bool = True, dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda", recompute: bool = False, poison: str | None = None, rows: bool = False,
+    direct: bool = False, passes: int = 1, watch: Any = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """By adapter, the logits of its tokens in a packed pass (or, with ``rows``, of one row each); every gradient."""
     model = llama().to(device)
@@ -91,6 +94,8 @@ def run(
     if poison is not None:
         spoilt = [p for name, p in bank[poison].named_parameters() if name.endswith("down_proj.lora_A")]
         spoilt[0].data.fill_(math.nan)
+    if watch is not None:
+        watch(bank)
     generator = torch.Generator().manual_seed(1)
     tokens = {n: [torch.randint(96, (size,), generator=generator) for size in LENGTHS[n]] for n in RANKS}
     slopes = {n: [torch.randn(size, 96, generator=generator) for size in LENGTHS[n]] for n in RANKS}
@@ -104,7 +109,10 @@ def run(
         lengths = [size for n in names for size in LENGTHS[n]]
         ids = torch.cat([part for n in names for part in tokens[n]])[None].to(device)
         route = Route(tuple(names), tuple(len(LENGTHS[n]) for n in names), lengths=tuple(lengths))
-        with packed_pass(lengths), bank.follow(route):
+        for _ in range(passes - 1):
+            with packed_pass(lengths), bank.follow(replace(route, direct=direct)):
+                model(input_ids=ids, use_cache=False, **packed_inputs(lengths, ids.device)).logits.sum().backward()
+        with packed_pass(lengths), bank.follow(replace(route, direct=direct)):
             logits = model(input_ids=ids, use_cache=False, **packed_inputs(lengths, ids.device)).logits[0]
         cut = logits.split([sum(LENGTHS[n]) for n in names])
         parts = dict(zip(names, cut, strict=True))
@@ -121,7 +129,7 @@ def run(
 def test_every_kernel_agrees_with_float64() -> None:
     from tests.helpers.kernels import check_all
 
-    assert len(check_all("cuda")) == 8
+    assert len(check_all("cuda")) == 10
 
 
 def test_a_llama_is_fused_whole() -> None:
@@ -179,6 +187,34 @@ def test_joint_is_alone_to_the_bit(compute: str, recompute: bool) -> None:
         assert torch.equal(joint[name], alone[name])
         for key, gradient in own.items():
             assert torch.equal(gradients[key], gradient), key
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_past_autograd_are_autograds(passes: int, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put in place, or added to what is there; a hooked parameter has its hook called."""
+    put: list[int] = []
+    deposit = joint._deposit
+
+    def counted(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        put.append(len(parameters))
+        deposit(parameters, gradients)
+
+    monkeypatch.setattr(joint, "_deposit", counted)
+    logits, wanted = run("int8", passes=passes, recompute=recompute)
+    assert not put
+    again, got = run("int8", passes=passes, recompute=recompute, direct=True)
+    assert sum(put) == passes * len(wanted) == passes * len(got)
+    assert all(torch.equal(again[key], logits[key]) for key in logits)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    put.clear()
+    called: list[Tensor] = []
+    _, hooked = run(
+        "int8", passes=passes, recompute=recompute, direct=True,
+        watch=lambda bank: next(bank.parameters()).register_hook(called.append),
+    )  # fmt: skip
+    assert not put and len(called) == passes
+    assert all(torch.equal(hooked[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("compute", FIGURES)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -252,6 +252,70 @@ def check_gemm(case: Case, options: Callable[[bool], dict[str, Any]]) -> None:
             assert torch.equal(spoilt[:70], out[:70]) and torch.equal(spoilt[200:], out[200:])
 
 
+def advance(
+    owners: Sequence[tuple[list[Tensor], list[Tensor], Tensor, Tensor, float]], starts: Sequence[int], maps: Any,
+    step: int, skip: Sequence[bool], coefficient: Tensor,
+) -> None:  # fmt: skip
+    """A step of owners of weights, gradients, moments, scales and a learning rate."""
+    device, sizes = coefficient.device, [p.numel() for p in owners[0][0]]
+    at = [[[t.data_ptr() for t in own] for own in owner[:2]] for owner in owners]
+    states = [[t.data_ptr() for pair in owner[2:4] for t in pair] for owner in owners]
+    settings = [adam.settings_of(owner[4], (0.9, 0.95), 1e-8, 0.1, step) for owner in owners]
+    adam.adamw8bit(
+        adam.programs(sizes, adam.ROWS).to(device), torch.tensor([sizes, starts[:-1]]).to(device),
+        *(torch.tensor(table).to(device) for table in (at, states, settings)), maps, zero=127,
+        skip=torch.tensor(skip, device=device), coefficient=coefficient,
+    )  # fmt: skip
+
+
+def check_adamw8bit_of_several(case: Case) -> None:
+    """Whoever is stepped in the same launch, and whoever of them is skipped, changes no bit of another."""
+    sizes, starts = [300, 1025], [0, 512, 1792]
+    maps = tuple(
+        adam.nearest_map(bitsandbytes.functional.create_dynamic_map(signed=signed).float().to(case.device))
+        for signed in (True, False)
+    )
+
+    def owner(seed: int, rate: float) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        weights, gradients = (
+            [torch.randn(size, generator=generator).to(case.device) for size in sizes] for _ in range(2)
+        )
+        codes = torch.zeros(2, starts[-1], dtype=torch.uint8, device=case.device)
+        return weights, gradients, codes, torch.ones(2, starts[-1] // 256, device=case.device), rate
+
+    rates = (1e-2, 3e-3, 1e-3)
+    together = [owner(seed, rate) for seed, rate in enumerate(rates)]
+    factors = torch.tensor([1.0, 0.5, 0.25], device=case.device)
+    for step in (1, 2):
+        advance(together, starts, maps, step, [False, step == 2, False], factors)
+    for index, rate in enumerate(rates):
+        alone = owner(index, rate)
+        for step in (1, 2) if index != 1 else (1,):
+            advance([alone], starts, maps, step, [False], factors[index : index + 1])
+        for mine, others in zip((*alone[0], *alone[2:4]), (*together[index][0], *together[index][2:4]), strict=True):
+            assert torch.equal(mine, others)
+
+
+def check_norms(case: Case) -> None:
+    """Of several owners, against float64; infinities show, and only at their owner."""
+    sizes = [5000, 1, 4096, 300_000]
+    owners = [[case.random(size, dtype=torch.float32) * (index + 1) for size in sizes] for index in range(3)]
+    table = adam.programs(sizes, adam.NORM_ROWS).to(case.device)
+    lengths = torch.tensor(sizes).to(case.device)
+
+    def found() -> Tensor:
+        at = torch.tensor([[g.data_ptr() for g in own] for own in owners]).to(case.device)
+        return adam.norms(table, lengths, at)
+
+    first = found()
+    for norm, own in zip(first, owners, strict=True):
+        assert distance(norm, torch.cat(own).double().norm()) < 1e-6
+    owners[1][3][-1] = torch.inf
+    again = found()
+    assert torch.equal(again[::2], first[::2]) and again[1].isinf()
+
+
 def check_adamw8bit(case: Case) -> None:
     """Against the definition over the same codes, and what bitsandbytes makes of the state."""
     sizes = [300, 4096 * 2 + 17, 256, 1]
@@ -266,9 +330,7 @@ def check_adamw8bit(case: Case) -> None:
     moments = torch.zeros(2, starts[-1], dtype=torch.uint8, device=case.device)
     moments[0] = 127
     absmax = torch.zeros(2, starts[-1] // 256, device=case.device)
-    table, own = adam.programs(sizes).to(case.device), torch.tensor([sizes, starts[:-1]]).to(case.device)
-    coefficient = torch.tensor(0.5, device=case.device)
-    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    half = torch.tensor([0.5], device=case.device)
     for step in range(1, 4):
         gradients = [case.random(size, dtype=torch.float32) * step for size in sizes]
         gradients[1][3] = 0 if step == 1 else torch.inf
@@ -282,13 +344,9 @@ def check_adamw8bit(case: Case) -> None:
             rate = (1 - 0.95**step) ** 0.5
             new = p.double() * (1 - 1e-3) - 1e-2 * rate / (1 - 0.9**step) * m / (v.sqrt() + rate * 1e-8)
             wanted.append((torch.where(g.isfinite(), new, p.double()), m.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)))
-        at = torch.tensor([[t.data_ptr() for t in weights], [t.data_ptr() for t in gradients]]).to(case.device)
         before = [t.clone() for t in (*weights, moments, absmax)]
         for skip in (True, False):
-            adam.adamw8bit(
-                table, own, at, moments, absmax, maps, zero=127, step=step, coefficient=coefficient,
-                skip=torch.tensor(skip, device=case.device), **settings,
-            )  # fmt: skip
+            advance([(weights, gradients, moments, absmax, 1e-2)], starts, maps, step, [skip], half)
             if skip:
                 assert all(torch.equal(a, b) for a, b in zip(before, (*weights, moments, absmax), strict=True))
         for index, (p, (new, m, v)) in enumerate(zip(weights, wanted, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -690,6 +691,7 @@ def test_what_joint_layers_look_up_is_kept_while_parameters_stay() -> None:
     assert kept() is first  # another company in between
     for change in (
         lambda: setattr(delta, "dropout", 0.5),
+        lambda: setattr(delta, "alpha", 3.0),
         lambda: setattr(delta.lora_A, "data", delta.lora_A.data.clone()),
         lambda: setattr(delta, "lora_B", nn.Parameter(delta.lora_B.data)),
         lambda: bank.remove(names[0]) and bank.add(names[0], seed=5, **SETTINGS[names[0]]),
@@ -697,3 +699,26 @@ def test_what_joint_layers_look_up_is_kept_while_parameters_stay() -> None:
         before = kept()
         change()
         assert kept() is not before
+
+
+def test_gradients_may_go_past_autograd_only_where_nobody_watches() -> None:
+    names = list(SETTINGS)[:2]
+    _, bank = bank_of(*names)
+
+    def direct(wanted: bool = True) -> bool:
+        route = replace(Route.of_rows(names), direct=wanted)
+        with bank.follow(route, training=True):
+            found = active_route(bank)
+            assert found is not None and found.direct is wanted
+            routing._kept(bank, found)
+            return bool(found._kept["direct"])
+
+    assert direct() and not direct(False)
+    parameter = next(iter(bank.deltas(names[1]))).lora_A
+    for hook in (parameter.register_hook, parameter.register_post_accumulate_grad_hook):
+        handle = hook(lambda _: None)
+        assert not direct()
+        handle.remove()
+    assert direct()
+    parameter.requires_grad_(False)
+    assert not direct()

@@ -1,8 +1,9 @@
-"""AdamW with 8-bit state (arXiv 1711.05101, 2110.02861) for many tensors in one launch, in bitsandbytes' format: codes
-of a 256-entry map and one float32 scale for every 256 elements.
+"""AdamW with 8-bit state (arXiv 1711.05101, 2110.02861) for the tensors of many adapters in one launch, in
+bitsandbytes' format: codes of a 256-entry map and one float32 scale for every 256 elements; and the norms of gradients.
 
-bitsandbytes has a kernel for one tensor; this one finds weights and gradients where they are, by a table of addresses,
-so that nothing is put side by side and nothing copied back. The nearest code is found by the upper 16 bits of the
+bitsandbytes has a kernel for one tensor; these find weights and gradients where they are, by a table of addresses, so
+that nothing is put side by side and nothing copied back. What an adapter gets does not depend, in any bit, on which
+others are stepped in the same launch. The nearest code is found by the upper 16 bits of the
 float: between two such floats lies at most one boundary of the map, so one look-up and one comparison tell it."""
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ BLOCK = 256
 """Elements that share one scale."""
 
 ROWS = 2
-"""Blocks of one program."""
+"""Blocks of one program of a step."""
+
+NORM_ROWS = 16
+"""Blocks of one program of a norm."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,13 @@ def nearest_map(values: Tensor) -> Map:
     return Map(own.to(device), bounds.to(device), first.to(torch.uint8).to(device))
 
 
-def programs(sizes: Sequence[int]) -> Tensor:
-    """Which tensor each program steps, and from which of its blocks on: int32 [2, programs], for tensors of ``sizes``
-    elements."""
-    counts = torch.tensor([-(-size // (BLOCK * ROWS)) for size in sizes])
+def programs(sizes: Sequence[int], rows: int) -> Tensor:
+    """Which tensor each program takes, and from which of its blocks on: int32 [2, programs], for tensors of ``sizes``
+    elements and programs of ``rows`` blocks."""
+    counts = torch.tensor([-(-size // (BLOCK * rows)) for size in sizes])
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     begin = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return torch.stack([tensor, (torch.arange(len(tensor)) - begin) * ROWS]).to(torch.int32)
+    return torch.stack([tensor, (torch.arange(len(tensor)) - begin) * rows]).to(torch.int32)
 
 
 @triton.jit
@@ -75,21 +79,30 @@ def _nearest(x, first_ptr, bounds_ptr):
 
 @triton.jit(do_not_specialize=["zero", "program_count", "tensor_count"])
 def _adamw8bit(
-    programs_ptr, tensors_ptr, addresses_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr,
-    values1_ptr, bounds1_ptr, first1_ptr, values2_ptr, bounds2_ptr, first2_ptr, skip_ptr, coefficient_ptr,
-    beta1, beta2, epsilon, step_size, kept, zero, program_count, tensor_count,
-    SKIP: tl.constexpr, COEFFICIENT: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    programs_ptr, tensors_ptr, addresses_ptr, states_ptr, settings_ptr, skip_ptr, coefficient_ptr,
+    values1_ptr, bounds1_ptr, first1_ptr, values2_ptr, bounds2_ptr, first2_ptr, zero, program_count, tensor_count,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if SKIP:
-        if tl.load(skip_ptr) != 0:
-            return
+    owner = tl.program_id(1)
+    if tl.load(skip_ptr + owner) != 0:
+        return
+    beta1 = tl.load(settings_ptr + owner * 5)
+    beta2 = tl.load(settings_ptr + owner * 5 + 1)
+    epsilon = tl.load(settings_ptr + owner * 5 + 2)
+    step_size = tl.load(settings_ptr + owner * 5 + 3)
+    kept = tl.load(settings_ptr + owner * 5 + 4)
+    state1_ptr = tl.multiple_of(tl.load(states_ptr + owner * 4), 16).to(tl.pointer_type(tl.uint8))
+    state2_ptr = tl.multiple_of(tl.load(states_ptr + owner * 4 + 1), 16).to(tl.pointer_type(tl.uint8))
+    absmax1_ptr = tl.load(states_ptr + owner * 4 + 2).to(tl.pointer_type(tl.float32))
+    absmax2_ptr = tl.load(states_ptr + owner * 4 + 3).to(tl.pointer_type(tl.float32))
     tensor = tl.load(programs_ptr + pid)
     blocks = tl.load(programs_ptr + program_count + pid) + tl.arange(0, ROWS)
     size = tl.load(tensors_ptr + tensor)
     start = tl.load(tensors_ptr + tensor_count + tensor)  # a multiple of BLOCK
-    p_at = tl.load(addresses_ptr + tensor)
-    g_at = tl.load(addresses_ptr + tensor_count + tensor)
+    own = addresses_ptr + owner * 2 * tensor_count + tensor
+    p_at = tl.load(own)
+    g_at = tl.load(own + tensor_count)
     if ALIGNED:
         p_at = tl.multiple_of(p_at, 16)
         g_at = tl.multiple_of(g_at, 16)
@@ -101,8 +114,7 @@ def _adamw8bit(
     some = blocks * BLOCK < size
     g = tl.load(g_at.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
     finite = tl.abs(g) < float("inf")  # not of NaN either: such an element keeps its weight and starts anew
-    if COEFFICIENT:
-        g *= tl.load(coefficient_ptr)
+    g *= tl.load(coefficient_ptr + owner)
     code1 = tl.load(state1_ptr + start + at, mask=inside, other=0).to(tl.int32)
     code2 = tl.load(state2_ptr + start + at, mask=inside, other=0).to(tl.int32)
     s1 = tl.load(values1_ptr + code1) * tl.load(absmax1_ptr + scales, mask=some, other=0.0)[:, None]
@@ -124,45 +136,79 @@ def _adamw8bit(
     tl.store(state2_ptr + start + at, code2.to(tl.uint8), mask=inside)
 
 
-def adamw8bit(
-    table: Tensor,
-    tensors: Tensor,
-    addresses: Tensor,
-    moments: Tensor,
-    absmax: Tensor,
-    maps: tuple[Map, Map],
-    *,
-    zero: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-    skip: Tensor | None = None,
-    coefficient: Tensor | None = None,
-    aligned: bool = False,
-) -> None:
-    """Step float32 tensors and their state in place.
+@triton.jit(do_not_specialize=["program_count", "tensor_count"])
+def _squares(
+    programs_ptr, tensors_ptr, addresses_ptr, out_ptr, program_count, tensor_count,
+    ALIGNED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    owner = tl.program_id(1)
+    tensor = tl.load(programs_ptr + pid)
+    at = tl.load(programs_ptr + program_count + pid).to(tl.int64) * BLOCK + tl.arange(0, SIZE)
+    g_at = tl.load(addresses_ptr + owner * tensor_count + tensor)
+    if ALIGNED:
+        g_at = tl.multiple_of(g_at, 16)
+    inside = at < tl.load(tensors_ptr + tensor)
+    g = tl.load(g_at.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    tl.store(out_ptr + owner.to(tl.int64) * program_count + pid, tl.sum(g * g))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _roots(part_ptr, out_ptr, count, SIZE: tl.constexpr):
+    owner = tl.program_id(0)
+    part = part_ptr + owner.to(tl.int64) * count
+    acc = tl.zeros((SIZE,), dtype=tl.float32)
+    for first in range(0, count, SIZE):
+        at = first + tl.arange(0, SIZE)
+        acc += tl.load(part + at, mask=at < count, other=0.0)
+    tl.store(out_ptr + owner, tl.sqrt(tl.sum(acc)))
+
+
+def norms(table: Tensor, sizes: Tensor, addresses: Tensor, *, aligned: bool = False) -> Tensor:
+    """The Euclidean norms of the float32 tensors of several owners, all of each owner's together: float32 [owners].
 
     Args:
-        table: of ``programs``, on the device.
-        tensors: int64 [2, tensors]: elements of each, and where its state starts in ``moments``.
-        addresses: int64 [2, tensors]: of each one's weights and gradient, contiguous.
-        moments: uint8 [2, elements], each tensor's from a multiple of ``BLOCK`` on; absmax: float32 [2, blocks].
-        maps: of the first and the second moment; zero: the first's code of 0.
-        step: which it is, from 1 on.
-        skip: bool [], on the device: nothing is changed where it is true.
-        coefficient: float32 [], on the device: what the gradients are multiplied by.
+        table: of ``programs`` of ``NORM_ROWS``, on the device.
+        sizes: int64 [tensors]: elements of each.
+        addresses: int64 [owners, tensors], of contiguous tensors.
         aligned: whether all addresses are multiples of 16.
     """
-    beta1, beta2 = betas
-    correction = (1 - beta2**step) ** 0.5
-    launch: Any = _adamw8bit[(table.shape[1],)]
+    (owners, count), many = addresses.shape, table.shape[1]
+    parts = torch.empty(owners, many, dtype=torch.float32, device=table.device)
+    out = torch.empty(owners, dtype=torch.float32, device=table.device)
+    squares: Any = _squares[(many, owners)]
+    squares(table, sizes, addresses, parts, many, count, ALIGNED=aligned, SIZE=NORM_ROWS * BLOCK, BLOCK=BLOCK)
+    roots: Any = _roots[(owners,)]
+    roots(parts, out, many, SIZE=1024)
+    return out
+
+
+def settings_of(lr: float, betas: Sequence[float], eps: float, weight_decay: float, step: int) -> list[float]:
+    """What ``adamw8bit`` takes for one owner's ``step``-th step, ``step`` from 1 on."""
+    correction = (1 - betas[1] ** step) ** 0.5
+    return [*betas, correction * eps, -lr * correction / (1 - betas[0] ** step), 1 - lr * weight_decay]
+
+
+def adamw8bit(
+    table: Tensor, tensors: Tensor, addresses: Tensor, states: Tensor, settings: Tensor, maps: tuple[Map, Map],
+    *, zero: int, skip: Tensor, coefficient: Tensor, aligned: bool = False,
+) -> None:  # fmt: skip
+    """Step the float32 tensors of several owners, and their state, in place.
+
+    Args:
+        table: of ``programs`` of ``ROWS``, on the device.
+        tensors: int64 [2, tensors]: elements of each, and where its state starts: a multiple of ``BLOCK``.
+        addresses: int64 [owners, 2, tensors]: of weights and gradients, contiguous.
+        states: int64 [owners, 4]: where the two moments stand, in uint8 codes, and their scales, in float32.
+        settings: float32 [owners, 5], see ``settings_of``.
+        maps: of the first and the second moment; zero: the first's code of 0.
+        skip: bool [owners]: nothing of an owner is changed where it is true.
+        coefficient: float32 [owners]: what the gradients are multiplied by.
+        aligned: whether all addresses of weights and gradients are multiples of 16.
+    """
+    launch: Any = _adamw8bit[(table.shape[1], addresses.shape[0])]
     launch(
-        table, tensors, addresses, moments[0], moments[1], absmax[0], absmax[1],
-        maps[0].values, maps[0].bounds, maps[0].first, maps[1].values, maps[1].bounds, maps[1].first,
-        None if skip is None else skip.view(torch.uint8), coefficient,
-        beta1, beta2, correction * eps, -lr * correction / (1 - beta1**step), 1 - lr * weight_decay, zero,
-        table.shape[1], tensors.shape[1], SKIP=skip is not None, COEFFICIENT=coefficient is not None, ALIGNED=aligned,
-        ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
+        table, tensors, addresses, states, settings, skip.view(torch.uint8), coefficient,
+        maps[0].values, maps[0].bounds, maps[0].first, maps[1].values, maps[1].bounds, maps[1].first, zero,
+        table.shape[1], tensors.shape[1], ALIGNED=aligned, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
