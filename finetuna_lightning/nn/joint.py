@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -320,13 +321,14 @@ def _plan(
 
 def _deposit(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Put gradients in place, or add them to those that are there, as autograd does."""
-    pairs = list(zip(parameters, gradients, strict=True))
-    there = [(p.grad, gradient) for p, gradient in pairs if p.grad is not None]
+    there: list[tuple[Tensor, Tensor]] = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if (old := parameter.grad) is None:
+            parameter.grad = gradient
+        else:
+            there.append((old, gradient))
     if there:
         torch._foreach_add_([old for old, _ in there], [new for _, new in there])
-    for parameter, gradient in pairs if len(there) < len(pairs) else ():
-        if parameter.grad is None:
-            parameter.grad = gradient
 
 
 _NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -398,8 +400,7 @@ class _Deltas:
             downs = down.view(slots * layers, rank, width).unbind()
             for index, side in enumerate(group.outputs):
                 ups = up.view(slots, -1).narrow(1, before * rank, side * rank).unflatten(1, (side, rank)).unbind()
-                for slot in range(slots):
-                    found += (downs[slot * layers + index], ups[slot])
+                found += chain.from_iterable(zip(downs[index::layers], ups, strict=True))
                 before += side
             return found
         for index, side in enumerate(group.outputs):

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -358,7 +359,7 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
         parameters = [p for delta in deltas for p in delta._parameters.values() if p is not None]
         settings = [(delta.alpha, getattr(delta, "dropout", 0)) for delta in deltas]
         stamp = [*settings, *map(id, parameters), *map(Tensor.data_ptr, parameters)]
-        route._kept["direct"] = route.direct and not any(map(_is_watched, parameters))
+        route._kept["direct"] = route.direct and not _watched(parameters)
         companies = _KEPT.setdefault(bank, {})
         if route.names not in companies or companies[route.names][0] != stamp:
             if len(companies) >= _COMPANIES:
@@ -369,9 +370,13 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
     return found
 
 
-def _is_watched(parameter: Any) -> bool:
-    """Whether only autograd does right by the parameter: it is frozen, or somebody hooked its gradient."""
-    return not parameter.requires_grad or bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+def _watched(parameters: Sequence[Any]) -> bool:
+    """Whether only autograd does right by some parameter: it is frozen, or somebody hooked its gradient."""
+    hooked = any(any(map(attrgetter(kind), parameters)) for kind in _HOOKS)
+    return hooked or not all(map(attrgetter("requires_grad"), parameters))
+
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def is_observed(layer: nn.Module) -> bool:

@@ -238,17 +238,19 @@ class FlatStep(Optimizer):
     def _runs(self) -> Iterator[Run]:
         """What is to be stepped."""
         for shelf in self._arranged():
-            gradients = [
-                g if g is None or g.is_contiguous() else g.contiguous() for g in (p.grad for p in shelf.parameters)
-            ]
-            for turned in [p for p in shelf.parameters if not p.is_contiguous()]:
-                turned.data = turned.data.contiguous()  # as bitsandbytes does
-            counts = [None if g is None else state["step"] for g, state in zip(gradients, shelf.states, strict=True)]
+            gradients = [p.grad for p in shelf.parameters]
+            if not all(map(Tensor.is_contiguous, shelf.parameters)):
+                for turned in shelf.parameters:
+                    turned.data = turned.data.contiguous()  # as bitsandbytes does
+            steps = [state["step"] for state in shelf.states]
+            counts = [None if g is None else step for g, step in zip(gradients, steps, strict=True)]
             first = 0
             for count, same in groupby(counts):
                 last = first + len(list(same))
                 if count is not None:
                     own = [g for g in gradients[first:last] if g is not None]
+                    if not all(map(Tensor.is_contiguous, own)):
+                        own = [g.contiguous() for g in own]
                     yield Run(shelf, first, last, own, count + 1)
                 first = last
 

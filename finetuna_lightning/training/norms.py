@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -18,9 +20,9 @@ def gradient_norms(owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     norms: list[Tensor | None] = [None] * len(owners)
     alike: dict[tuple[torch.device, tuple[int, ...]], list[int]] = defaultdict(list)
     for index, own in enumerate(owners):
+        kinds = set(map(attrgetter("dtype", "device"), own))
         device = own[0].device
-        plain = all(g.dtype == torch.float32 and g.device == device and g.is_contiguous() for g in own)
-        if plain and has_triton(device):
+        if kinds == {(torch.float32, device)} and has_triton(device) and all(map(Tensor.is_contiguous, own)):
             alike[device, tuple(map(Tensor.numel, own))].append(index)
         else:
             norms[index] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(own))))
@@ -34,7 +36,7 @@ def gradient_norms(owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def _by_addresses(owners: Sequence[Sequence[Tensor]], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     from finetuna_lightning.ops.kernels import adam
 
-    at = torch.tensor([g.data_ptr() for own in owners for g in own]).view(len(owners), -1)
+    at = torch.tensor([*map(Tensor.data_ptr, chain.from_iterable(owners))]).view(len(owners), -1)
     table, lengths = _tables(sizes, device)
     with torch.cuda.device(device):  # Triton launches on the current one
         sent = at.pin_memory().to(device, non_blocking=True)

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from finetuna_lightning.training.norms import gradient_norms
 from finetuna_lightning.training.quarantine import LateVerdicts, agreed
 
 Factor = Callable[[int], float]
+_grad = attrgetter("grad")
 
 
 def schedule_factor(kind: str, warmup_steps: int, total_steps: float) -> Factor:
@@ -163,12 +165,11 @@ class AdapterOptimizers(Optimizer):
         """Clip the gradient norm of every adapter whose step is due to its own ``max_grad_norm``; the norms before.
 
         Gradients of flat optimizers stay as they are until they are gathered, in ``step``."""
-        owned = {
-            name: [p.grad for p in self._parameters(name) if p.grad is not None]
-            for name in self.due()
-            if name not in self._norms
-        }
-        owned = {name: gradients for name, gradients in owned.items() if gradients}
+        owned: dict[str, list[Tensor]] = {}
+        for name in self.due():
+            gradients = [g for g in map(_grad, self._parameters(name)) if g is not None]
+            if gradients and name not in self._norms:
+                owned[name] = gradients
         self._norms |= zip(owned, gradient_norms(list(owned.values())), strict=True)
         for name, gradients in owned.items():
             coefficient = self._coefficient(name)

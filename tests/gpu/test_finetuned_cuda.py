@@ -67,6 +67,7 @@ def test_bitsandbytes_optimizers(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch 2.11 itself calls it
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # torch 2.11's inductor
 def test_compiled_as_eager() -> None:
     torch._dynamo.reset()
     model = ft.new_finetuned(ft.prepare_base_model(tiny_model("llama", scale=3.0, use_cache=False)))
