@@ -121,7 +121,7 @@ def run(
 def test_every_kernel_agrees_with_float64() -> None:
     from tests.helpers.kernels import check_all
 
-    assert len(check_all("cuda")) == 8
+    assert len(check_all("cuda")) == 9
 
 
 def test_a_llama_is_fused_whole() -> None:
