@@ -78,9 +78,8 @@ def read_plainly(folder: Path, device: torch.device) -> None:
     """Read every tensor of a folder with the loader's threads and sizes, and do nothing with it."""
     entries = [entry for file in sorted(folder.glob("*.safetensors")) for entry in read_header(file).values()]
     spans = [span for entry in entries for span in spans_of(entry, 1, piece_bytes(device))]
-    ahead = ReadAhead(spans, piece_bytes(device), pinned=False, readers=reader_count())
-    for _ in spans:
-        ahead.release(ahead.take())
+    ahead = ReadAhead(spans, piece_bytes(device), torch.device("cpu"))
+    ahead.finish()
     ahead.close()
 
 

@@ -27,6 +27,7 @@ from finetuna_lightning.saved import MANIFEST_NAME as MANIFEST_NAME
 from finetuna_lightning.saved import WEIGHTS_NAME as WEIGHTS_NAME
 from finetuna_lightning.saved import load_saved
 from finetuna_lightning.saved import load_saved_into as load_saved_into
+from finetuna_lightning.saved import reading as reading_saved
 from finetuna_lightning.saved import save_backbone as save_backbone
 
 QUICKSTART = "quickstart"
@@ -185,19 +186,26 @@ def load_backbone(
     BackboneConfig(name_or_path, scheme=scheme, block_size=block_size, task=task)  # checks them
     folder = resolve_folder(name_or_path)
     config = read_config(name_or_path, revision, trust_remote_code)
-    if (Path(folder) / MANIFEST_NAME).is_file():
-        model = skeleton(config, task, num_labels, trust_remote_code, attn_implementation)
-        new = load_saved(model, Path(folder), scheme, block_size, list(skip), torch.device(device), task)
-    else:
-        options: dict[str, Any] = {"num_labels": num_labels} if task == "sequence-classification" else {}
-        if attn_implementation is not None:
-            options["attn_implementation"] = attn_implementation
-        model, new = load_huggingface(
-            folder, task, config, EightBitConfig(scheme, block_size, list(skip), str(device)),
-            revision=revision, trust_remote_code=trust_remote_code, **options,
-        )  # fmt: skip
-    model.finetuna_new_modules = new  # type: ignore[assignment]
-    return cast_(model.to(device), dtype).requires_grad_(False).eval()
+    with contextlib.ExitStack() as reading:  # which goes on while the model is made, and is done when this ends
+        if (Path(folder) / MANIFEST_NAME).is_file():
+            saved = reading.enter_context(
+                reading_saved(Path(folder), scheme, block_size, list(skip), torch.device(device))
+            )
+            model = skeleton(config, task, num_labels, trust_remote_code, attn_implementation)
+            new = load_saved(model, saved, task)
+        else:
+            options: dict[str, Any] = {"num_labels": num_labels} if task == "sequence-classification" else {}
+            if attn_implementation is not None:
+                options["attn_implementation"] = attn_implementation
+            model, new = reading.enter_context(
+                load_huggingface(
+                    folder, task, config, EightBitConfig(scheme, block_size, list(skip), str(device)),
+                    revision=revision, trust_remote_code=trust_remote_code, **options,
+                )
+            )  # fmt: skip
+        model = model.to(device).requires_grad_(False).eval()
+        model.finetuna_new_modules = new  # type: ignore[assignment]
+    return cast_(model, dtype)
 
 
 def enable_checkpointing(model: nn.Module) -> None:

@@ -3,15 +3,18 @@
 transformers' own loader finds the files and says which tensor becomes which parameter (shards, renamed keys, merged
 experts, ties, heads that are new). Two things of ours stand in it: a quantiser, which it hands each weight, and the
 reading of the files. For a GPU, a matrix that is in the file as it is in the model is not read by transformers at all:
-it gets a tensor without values (``_Unread``), and the quantiser streams the values, read ahead in the order of loading.
+it gets a tensor without values (``_Unread``), and the quantiser gives codes for it that are still being made, by the
+threads that read. These start before the model is made, with what its names say will be quantised, and are done last.
 Whatever is renamed, transposed or merged is read as transformers does it, one tensor at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from finetuna_lightning.adapters import matches
 from finetuna_lightning.errors import BackboneError, FinetunaError
 from finetuna_lightning.nn.quantized import QuantizedWeight, is_conv1d, quantizable
 from finetuna_lightning.quantizing import put_, skipped
@@ -99,7 +103,11 @@ class _File:
 
 
 class _Files:
-    """The safetensors files of one load, and the stream of those matrices that need nothing but quantising."""
+    """The safetensors files of one load, and the stream of those matrices that need nothing but quantising.
+
+    The stream starts with a guess, before there is a model to ask; ``streamed`` finds out what it should have been, and
+    begins it anew where that is something else.
+    """
 
     def __init__(self, config: EightBitConfig) -> None:
         self.config = config
@@ -109,8 +117,12 @@ class _Files:
         self.order: dict[str, None] = {}  # their names, as they will be asked for
         self.entries: dict[str, Entry] = {}
         self.stream: QuantizingStream | None = None
+        self.guessed = False
         self.one_by_one = 0
         self.safe_open: Any = getattr(modeling_utils, "safe_open", None)  # transformers' own; None in a later version
+
+    def __deepcopy__(self, memo: Any) -> _Files:
+        return self  # transformers copies a model's configuration; there is one load
 
     def open(self, path: Any, *args: Any, **options: Any) -> _File:
         self.entries |= read_header(path)  # first: its errors name the file
@@ -130,11 +142,36 @@ class _Files:
             if self.stream is not None:
                 self.stream.close()
 
+    def guess(self, folder: str, dtype: torch.dtype | None) -> None:
+        """Start reading what is likely to be streamed from a folder whose model has ``dtype``."""
+        config = self.config
+        if config.scheme == "none" or torch.device(config.device).type not in STREAMED or self.safe_open is None:
+            return
+        likely = {
+            key: entry
+            for path in _files_of(Path(folder))
+            for key, entry in read_header(path).items()
+            if key.endswith(".weight") and len(entry.shape) == 2 and entry.dtype == dtype
+            if not any(matches(pattern, key.removesuffix(".weight")) for pattern in config.skip)
+        }
+        if likely:
+            self._start(likely)
+            self.guessed = True
+
+    def _start(self, entries: dict[str, Entry]) -> None:
+        config = self.config
+        self.stream = QuantizingStream(entries, config.scheme, config.block_size, torch.device(config.device))
+
+    def _stop(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+        self.stream, self.guessed = None, False
+
     def streamed(self, key: str) -> Entry | None:
-        """The entry of ``key`` if it is streamed. The first call starts the reading: by then the order is known."""
+        """The entry of ``key`` if it is streamed. By the first call the order is known, and what the stream is of."""
         if torch.device(self.config.device).type not in STREAMED or not self.order:
             return None
-        if self.stream is None:
+        if self.stream is None or self.guessed:
             chosen = {}
             for name in self.order:
                 for key_of in (name, name.removeprefix(self.prefix + "."), f"{self.prefix}.{name}"):
@@ -142,30 +179,52 @@ class _Files:
                     if entry is not None and entry.shape == self.shapes.get(name) and entry.dtype == self.dtype:
                         chosen[key_of] = entry
                         break
-            config = self.config
-            self.stream = QuantizingStream(chosen, config.scheme, config.block_size, torch.device(config.device))
+            if self.stream is None or self.stream.entries != chosen:
+                self._stop()
+                self._start(chosen)
+            self.guessed = False
+        assert self.stream is not None
         return self.stream.entries.get(key)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Codes and scale of a streamed weight; None for one that has to be quantised from its values."""
+        """Codes and scale of a streamed weight, to be filled by the time of ``check``; None for one that has to be
+        quantised from its values."""
+        if self.guessed:
+            self._stop()  # nobody asked what is streamed
         if isinstance(weight, _Unread) and self.stream is not None:
-            got = self.stream.quantize(weight.key)
+            got = self.stream.take(weight.key)
             if got is not None:
                 return got
         self.one_by_one += 1
         return None
 
     def check(self) -> None:
-        """Raise ValueError for a streamed weight that was not finite; say how many were not streamed."""
-        name = self.stream.not_finite() if self.stream is not None else None
-        if name is not None:
-            raise ValueError(f"cannot quantise {name!r}: the weight holds NaN or infinity")
+        """Wait for the stream. Raise ValueError for a weight of it that was not finite; say how many were not of it."""
+        if self.guessed:
+            self._stop()
+        if self.stream is not None:
+            self.stream.finish()
+            name = self.stream.not_finite()
+            if name is not None:
+                raise ValueError(f"cannot quantise {name!r}: the weight holds NaN or infinity")
         if self.one_by_one and torch.device(self.config.device).type in STREAMED:
-            total = self.one_by_one + (len(self.stream.scales) if self.stream is not None else 0)
+            total = self.one_by_one + (len(self.stream.taken) if self.stream is not None else 0)
             _log.info(
                 "%d of %d matrices were read one at a time, not ahead: not in safetensors as they are in the model",
                 self.one_by_one, total,
             )  # fmt: skip
+
+
+def _files_of(folder: Path) -> Iterable[Path]:
+    """The safetensors files that transformers will open in a folder; none where that is less than certain."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    try:
+        names = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+        paths = [folder / name for name in sorted(names)]
+        return paths if all(path.is_file() for path in paths) else []
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []  # transformers says what is wrong with it
 
 
 class EightBitConfig(QuantizationConfigMixin):
@@ -276,12 +335,14 @@ register_quantization_config(_METHOD)(EightBitConfig)
 register_quantizer(_METHOD)(_EightBitQuantizer)
 
 
+@contextlib.contextmanager
 def load_huggingface(
     folder: str, task: str, config: Any, quantization: EightBitConfig, **options: Any
-) -> tuple[nn.Module, list[str]]:
+) -> Iterator[tuple[nn.Module, list[str]]]:
     """The model of a Hugging Face folder or hub name, quantised, and the names of its modules that are new.
 
-    What is not quantised lies on the CPU, in memory of its own.
+    What is not quantised lies on the CPU, in memory of its own. The codes are filled when the context ends; until then
+    nothing may look at them.
 
     Raises:
         BackboneError: when it is missing, incomplete, of another shape, or holds what cannot be quantised.
@@ -290,18 +351,32 @@ def load_huggingface(
         config.num_labels = options.pop("num_labels")
     if quantization.scheme != "none":
         options["quantization_config"] = quantization
-    try:
-        with _one_at_a_time(), quantization.files.reading(), torch.random.fork_rng(devices=[]):
+    with quantization.files.reading():
+        with _named(folder, quantization), _one_at_a_time(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            quantization.files.guess(folder, getattr(config, "dtype", None))
             model, info = AUTO_CLASSES[task].from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+        yield _with_layers(model, info, folder, task)
+        with _named(folder, quantization):
             quantization.files.check()
+
+
+@contextlib.contextmanager
+def _named(folder: str, quantization: EightBitConfig) -> Iterator[None]:
+    """Within, what goes wrong is said of ``folder``, in one line."""
+    try:
+        yield
     except FinetunaError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = quantization.fault or str(error).strip().splitlines()[0]
         raise BackboneError(f"backbone {folder!r} cannot be loaded: {reason}") from error
+
+
+def _with_layers(model: nn.Module, info: dict[str, Any], folder: str, task: str) -> tuple[nn.Module, list[str]]:
+    """What transformers has loaded, its codes put into layers of ours, and the names of its modules that are new."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     if hasattr(model.config, "quantization_config"):

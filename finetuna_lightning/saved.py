@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from finetuna_lightning.errors import BackboneError
 from finetuna_lightning.files import replacing_folder
 from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, quantizable
 from finetuna_lightning.quantizing import fingerprint, put_, quantized_layers
-from finetuna_lightning.shards import Entry, read_header, read_tensors
+from finetuna_lightning.shards import Entry, TensorStream, read_header
 
 MANIFEST_NAME = "backbone.json"
 WEIGHTS_NAME = "backbone.safetensors"
@@ -77,17 +79,35 @@ def _ties(tensors: dict[str, Tensor]) -> dict[str, str]:
 def load_saved_into(model: nn.Module, path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Fill ``model``, which has the architecture but not the weights, from a folder of ``save_backbone``."""
     manifest = json.loads((Path(path) / MANIFEST_NAME).read_text())
-    load_saved(model, Path(path), manifest["scheme"], manifest["block_size"], [], torch.device(device), task="")
+    with reading(Path(path), manifest["scheme"], manifest["block_size"], [], torch.device(device)) as saved:
+        load_saved(model, saved, task="")
     return model.requires_grad_(False)
 
 
-def load_saved(
-    model: nn.Module, folder: Path, scheme: str, block_size: int, skip: list[str], device: torch.device, task: str
-) -> list[str]:
-    """Fill the skeleton ``model`` from ``folder``, straight to ``device``; the names of its modules that are new.
+class Saved:
+    """A folder of ``save_backbone`` that is being read, all of it: what else it should have been, the model says."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], device: torch.device) -> None:
+        self.folder, self.manifest, self.device = folder, manifest, device
+        self.header = read_header(folder / WEIGHTS_NAME)
+        self.stream = TensorStream(self.header, device)
+
+    def only(self, names: set[str]) -> dict[str, Tensor]:
+        """The tensors of ``names``, filled by the time that the stream is finished."""
+        if self.header.keys() - names:
+            self.stream.close()
+            self.stream = TensorStream(
+                {name: entry for name, entry in self.header.items() if name in names}, self.device
+            )
+        return self.stream.tensors
+
+
+@contextlib.contextmanager
+def reading(folder: Path, scheme: str, block_size: int, skip: list[str], device: torch.device) -> Iterator[Saved]:
+    """Read ``folder`` straight to ``device`` while a model is made of it; what was read is there when the context ends.
 
     Raises:
-        BackboneError: for another scheme, a skipped module, or a file that lacks or misshapes a tensor.
+        BackboneError: for another scheme, a skipped module, or a file that lacks a tensor.
     """
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     if manifest["scheme"] != scheme or (scheme == "int8-blockwise" and manifest["block_size"] != block_size):
@@ -95,12 +115,27 @@ def load_saved(
         raise BackboneError(f"{folder} is stored as {have}, not {scheme}: set backbone.scheme={manifest['scheme']}")
     if skip:
         raise BackboneError(f"{folder} is stored in 8 bits: skip_modules {skip} cannot be had back from it")
+    saved = Saved(folder, manifest, device)
+    try:
+        yield saved
+        saved.stream.finish()
+    finally:
+        saved.stream.close()
+
+
+def load_saved(model: nn.Module, saved: Saved, task: str) -> list[str]:
+    """Fill the skeleton ``model`` with what is being read; the names of its modules that are new.
+
+    Raises:
+        BackboneError: for a folder that lacks or misshapes a tensor.
+    """
+    manifest, header = saved.manifest, saved.header
     modules = dict(model.named_modules(remove_duplicate=False))
-    header, ties = read_header(folder / WEIGHTS_NAME), manifest.get("ties", {})
+    ties = manifest.get("ties", {})
     layers = {path: source for path, source in manifest["layers"].items() if path in modules}  # not another task's head
     for source in layers.values():
         if not {f"{source}.codes", f"{source}.scale"} <= header.keys():
-            raise BackboneError(f"backbone '{folder}' is not complete: it lacks the weights of {source}")
+            raise BackboneError(f"backbone '{saved.folder}' is not complete: it lacks the weights of {source}")
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in header}
     parameters = {
         name: ties.get(name, name)
@@ -109,11 +144,10 @@ def load_saved(
     }
     _check_shapes(model, {name: header[stored] for name, stored in parameters.items() if stored in header})
     wanted = {f"{source}.{part}" for source in layers.values() for part in ("codes", "scale")}
-    wanted |= buffers.keys() | set(parameters.values())
-    tensors = read_tensors({name: entry for name, entry in header.items() if name in wanted}, device)
+    tensors = saved.only(wanted | buffers.keys() | set(parameters.values()))
     matrices = {
         source: QuantizedWeight(
-            tensors[f"{source}.codes"], tensors[f"{source}.scale"], scheme, manifest["block_size"],
+            tensors[f"{source}.codes"], tensors[f"{source}.scale"], manifest["scheme"], manifest["block_size"],
             getattr(torch, manifest["types"][source]),
         )
         for source in dict.fromkeys(layers.values())
@@ -128,11 +162,13 @@ def load_saved(
         if stored in loaded:
             owner, _, leaf = name.rpartition(".")
             modules[owner]._parameters[leaf] = loaded[stored]
+    if buffers:
+        saved.stream.finish()
     for name, buffer in buffers.items():
         buffer.copy_(tensors[name])
     new = sorted({name.rpartition(".")[0] for name, p in model.named_parameters() if p.device.type == "meta"})
-    new = check_new(model, str(folder), task, new)
-    _initialise(model, new, device)
+    new = check_new(model, str(saved.folder), task, new)
+    _initialise(model, new, saved.device)
     return new
 
 

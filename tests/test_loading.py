@@ -18,7 +18,7 @@ from transformers import conversion_mapping, modeling_utils
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
 from finetuna_lightning import loading, shards
-from finetuna_lightning.backbone import AUTO_CLASSES, fingerprints, load_backbone, quantize_model_
+from finetuna_lightning.backbone import AUTO_CLASSES, fingerprints, load_backbone, quantize_model_, save_backbone
 from finetuna_lightning.errors import BackboneError
 from tests.helpers.models import ARCHITECTURES, LABELS, logits_of, task_of, tiny_folder, tiny_inputs
 
@@ -44,15 +44,29 @@ def streaming_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def streamed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The keys that were streamed, in order."""
     names: list[str] = []
-    quantize = shards.QuantizingStream.quantize
+    take = shards.QuantizingStream.take
 
     def seen(self: shards.QuantizingStream, name: str) -> Any:
-        got = quantize(self, name)
+        got = take(self, name)
         names.extend([name] if got is not None else [])
         return got
 
-    monkeypatch.setattr(shards.QuantizingStream, "quantize", seen)
+    monkeypatch.setattr(shards.QuantizingStream, "take", seen)
     return names
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """What each stream was begun with."""
+    keys: list[set[str]] = []
+    start = loading._Files._start
+
+    def seen(self: Any, entries: dict[str, shards.Entry]) -> None:
+        keys.append(set(entries))
+        start(self, entries)
+
+    monkeypatch.setattr(loading._Files, "_start", seen)
+    return keys
 
 
 def change(folder: str, changes: dict[str, torch.Tensor | None]) -> None:
@@ -217,17 +231,85 @@ def test_a_missing_and_a_misshapen_matrix(tmp_path: Path) -> None:
         load_backbone(folder)
 
 
-def test_a_matrix_that_is_asked_for_out_of_turn_is_read_from_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scheme", ["int8", "int8-blockwise"])
+def test_reading_starts_before_there_is_a_model(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: list[set[str]], streamed: list[str]
 ) -> None:
+    """With what will be streamed, so that it is begun once; skipped modules, and what is not a matrix, are left out."""
+    folder = tiny_folder(tmp_path / "m", dtype=torch.bfloat16, max_shard_size="20KB")
+    order: list[str] = []
+    made = loading.AUTO_CLASSES["causal-lm"].from_pretrained
+    monkeypatch.setattr(
+        loading.AUTO_CLASSES["causal-lm"],
+        "from_pretrained",
+        lambda *a, **o: (order.append(f"{len(begun)}"), made(*a, **o))[1],
+    )
+    model = load_backbone(folder, scheme=scheme, skip=["lm_head", "k_proj"])
+    assert order == ["1"] and len(begun) == 1 and begun[0] == set(streamed) and len(streamed) == MATRICES - 3
+    assert same_as_whole(load_backbone(folder, scheme=scheme), folder, scheme=scheme) and len(begun) == 2
+    assert "lm_head" not in fingerprints(model)
+
+
+@pytest.mark.parametrize(("name", "task"), [("gpt2", "causal-lm"), ("llama", "sequence-classification")])
+def test_a_wrong_guess_is_dropped(
+    name: str, task: str, tmp_path: Path, begun: list[set[str]], streamed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's transposed layers, and the head of another task: the stream is begun again with what it should hold."""
+    folder = tiny_folder(tmp_path / "m", name)
+    closed: list[int] = []
+    close = shards.QuantizingStream.close
+    monkeypatch.setattr(shards.QuantizingStream, "close", lambda self: (closed.append(len(self.taken)), close(self))[1])
+    model = load_backbone(folder, task=task)
+    assert len(begun) == 2 and begun[1] < begun[0] and begun[1] == set(streamed)
+    assert closed == [0, len(streamed)]
+    whole = fingerprints(quantize_model_(AUTO_CLASSES[task].from_pretrained(folder, dtype="auto")))
+    assert fingerprints(model).items() <= whole.items()  # a new head is drawn, and not quantised
+
+
+def test_a_model_goes_on_being_made_while_its_codes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reading is not waited for before the whole model is there, and is over when it is handed out."""
     folder = tiny_folder(tmp_path / "m")
-    start = shards.QuantizingStream.__init__
+    made = threading.Event()
+    use, finish = shards.QuantizingStream._use, shards.QuantizingStream.finish
 
-    def reverse(self: shards.QuantizingStream, entries: dict[str, shards.Entry], *more: Any) -> None:
-        start(self, dict(reversed(entries.items())), *more)
+    def late(self: shards.QuantizingStream, index: int, staging: shards.Staging) -> None:
+        assert made.wait(60)
+        use(self, index, staging)
 
-    monkeypatch.setattr(shards.QuantizingStream, "__init__", reverse)
-    assert same_as_whole(load_backbone(folder), folder)
+    def seen(self: shards.QuantizingStream) -> None:
+        made.set()
+        finish(self)
+
+    monkeypatch.setattr(shards.QuantizingStream, "_use", late)
+    monkeypatch.setattr(shards.QuantizingStream, "finish", seen)
+    model = load_backbone(folder)
+    monkeypatch.undo()
+    assert same_as_whole(model, folder)
+
+
+def test_a_saved_folder_is_read_while_its_model_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, and once; for another task, without the head that it has no use for."""
+    model = load_backbone(tiny_folder(tmp_path / "m"))
+    save_backbone(model, tmp_path / "q")
+    made, begun = threading.Event(), []
+    start, one = shards.TensorStream.__init__, shards.TensorStream._one
+    finish = shards.TensorStream.finish
+
+    def seen(self: shards.TensorStream, entries: dict[str, shards.Entry], *more: Any) -> None:
+        begun.append(set(entries))
+        start(self, entries, *more)
+
+    def late(self: shards.TensorStream, *span: Any) -> None:
+        assert made.wait(60)
+        one(self, *span)
+
+    monkeypatch.setattr(shards.TensorStream, "__init__", seen)
+    monkeypatch.setattr(shards.TensorStream, "_one", late)
+    monkeypatch.setattr(shards.TensorStream, "finish", lambda self: (made.set(), finish(self))[1])
+    again = load_backbone(str(tmp_path / "q"))
+    assert fingerprints(again) == fingerprints(model) and len(begun) == 1
+    load_backbone(str(tmp_path / "q"), task="sequence-classification")
+    assert len(begun) == 3 and begun[1] - begun[2] == {"lm_head.codes", "lm_head.scale"}
 
 
 def test_a_cpu_quantises_from_the_mapped_file(
@@ -246,10 +328,15 @@ def test_a_transformers_that_opens_files_otherwise_still_loads(
 ) -> None:
     """Nothing of ours is asked to open the files: they are read one tensor at a time, and that is said."""
     folder = tiny_folder(tmp_path / "m")
+    stopped: list[int] = []
+    close = shards.QuantizingStream.close
+    monkeypatch.setattr(
+        shards.QuantizingStream, "close", lambda self: (stopped.append(len(self.taken)), close(self))[1]
+    )
     monkeypatch.setattr("finetuna_lightning.loading._Files.open", lambda self, *a, **o: self.safe_open(*a, **o))
     with caplog.at_level(logging.INFO, "finetuna_lightning.loading"):
         model = load_backbone(folder)
-    assert same_as_whole(model, folder) and not streamed
+    assert same_as_whole(model, folder) and not streamed and stopped == [0]  # the guess's, at the first matrix
     assert f"{MATRICES} of {MATRICES} matrices were read one at a time" in caplog.text
 
 

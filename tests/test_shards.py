@@ -1,10 +1,9 @@
-"""Reading ahead: the bytes of the file, in order, in few buffers; quantised as the reference does; damage is named."""
+"""Reading ahead: the bytes of the file, in few buffers; quantised as the reference does; damage is named."""
 
 from __future__ import annotations
 
 import math
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from finetuna_lightning import shards
 from finetuna_lightning.errors import BackboneError
 from finetuna_lightning.ops import reference
-from finetuna_lightning.shards import QuantizingStream, ReadAhead, read_header, read_tensors
+from finetuna_lightning.shards import QuantizingStream, ReadAhead, Staging, read_header, read_tensors
 
 CPU = torch.device("cpu")
 
@@ -75,25 +74,23 @@ def test_streamed_matrices_are_quantised_as_whole_ones(
     order = ["c", "a", "d", "b"]  # not that of the file
     header = read_header(tmp_path / "f")
     stream = QuantizingStream({name: header[name] for name in order}, scheme, block_size, CPU)
-    assert stream.parts["a"] > 4
-    for name in order:
-        got = stream.quantize(name)
+    assert sum(name == "a" for name, _ in stream.parts) > 4
+    taken = {name: stream.take(name) for name in reversed(order)}  # whatever the order
+    stream.finish()
+    assert stream.not_finite() is None
+    for name, got in taken.items():
         assert got is not None
         codes, scale = reference.quantize(tensors[name], scheme, block_size)
         assert torch.equal(got[0], codes) and torch.equal(got[1], scale)
-    assert stream.not_finite() is None
     stream.close()
     assert not readers()
 
 
-def test_a_matrix_that_was_passed_over_is_not_had_again(tmp_path: Path) -> None:
-    tensors = matrices(tmp_path / "f")
+def test_a_matrix_is_had_once(tmp_path: Path) -> None:
+    matrices(tmp_path / "f")
     stream = QuantizingStream(read_header(tmp_path / "f"), "int8", 64, CPU)
-    got = stream.quantize("c")
-    assert got is not None and torch.equal(got[0], reference.quantize(tensors["c"], "int8")[0])
-    assert stream.quantize("a") is None and stream.quantize("c") is None and stream.quantize("z") is None
-    last = stream.quantize("d")
-    assert last is not None and torch.equal(last[0], reference.quantize(tensors["d"], "int8")[0])
+    assert stream.take("c") is not None and list(stream.taken) == ["c"]
+    assert stream.take("c") is None and stream.take("z") is None
     stream.close()
 
 
@@ -104,39 +101,85 @@ def test_the_matrix_that_is_not_finite_is_named(value: float, scheme: str, tmp_p
     tensors["c"][-1, -1] = value
     save_file(tensors, tmp_path / "f")
     stream = QuantizingStream(read_header(tmp_path / "f"), scheme, 64, CPU)
-    assert stream.not_finite() is None
+    stream.finish()
+    assert stream.not_finite() is None  # of what was taken: nothing yet
     for name in stream.entries:
-        assert stream.quantize(name) is not None
+        assert stream.take(name) is not None
     assert stream.not_finite() == "c"
     stream.close()
 
 
-def test_no_more_is_read_ahead_than_there_are_buffers(tmp_path: Path) -> None:
+def test_every_span_is_read_once_into_few_buffers(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(range(256)) * 40)
-    spans = [(str(tmp_path / "f"), 100 * index, 100) for index in range(100)]
-    ahead = ReadAhead(spans, 100, pinned=False, readers=2)
-    limit = 2 + shards.SPARE_BUFFERS
-    until = time.monotonic() + 10
-    while ahead.started < limit and time.monotonic() < until:
-        time.sleep(0.001)
-    time.sleep(0.05)
-    assert ahead.started == limit
-    storages = set()
-    for index in range(100):
-        part = ahead.take()
-        storages.add(part.untyped_storage().data_ptr())
-        assert part.tolist() == [(100 * index + at) % 256 for at in range(100)]
-        ahead.release(part)
-    assert len(storages) <= limit
+    spans = [(str(tmp_path / "f"), 100 * index, 100 - index % 3) for index in range(100)]
+    seen: list[tuple[int, int]] = []
+
+    class Seen(ReadAhead):
+        def _use(self, index: int, staging: Staging) -> None:
+            size = self.spans[index][2]
+            assert staging.over(size, torch.uint8).tolist() == [(100 * index + at) % 256 for at in range(size)]
+            seen.append((index, staging.host.data_ptr()))
+
+    ahead = Seen(spans, 100, CPU, readers=3)
+    ahead.finish()
+    assert sorted(index for index, _ in seen) == list(range(100))
+    assert len({place for _, place in seen}) <= 3 + shards.SPARE_BUFFERS == len(ahead.idle)
+    ahead.close()
+    assert not ahead.idle and not readers()
+
+
+def test_the_buffer_that_was_used_longest_ago_is_filled_next(tmp_path: Path) -> None:
+    """It is the likeliest to have been copied."""
+    (tmp_path / "f").write_bytes(bytes(1000))
+    places: list[int] = []
+
+    class Seen(ReadAhead):
+        def _use(self, index: int, staging: Staging) -> None:
+            places.append(staging.host.data_ptr())
+
+    ahead = Seen([(str(tmp_path / "f"), 10 * index, 10) for index in range(100)], 10, CPU, readers=1)
+    ahead.finish()
+    count = 1 + shards.SPARE_BUFFERS
+    assert len(set(places[:count])) == count and places == (places[:count] * 100)[:100]
     ahead.close()
 
 
-def test_closing_early_ends_the_readers(tmp_path: Path) -> None:
+def test_the_first_fault_is_the_one_that_is_raised(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(100))
+    late = threading.Event()
+
+    class Failing(ReadAhead):
+        def _use(self, index: int, staging: Staging) -> None:
+            if index == 1:
+                late.wait(10)
+            elif index == 2:
+                late.set()
+            if index:
+                raise ValueError(f"span {index}")
+
+    ahead = Failing([(str(tmp_path / "f"), 0, 10)] * 50, 10, CPU, readers=2)
+    with pytest.raises(ValueError, match=r"span 1$"):
+        ahead.finish()
+    assert len(ahead.faults) == 2 and next(ahead.order) < 5  # nobody went on
+    ahead.close()
+
+
+def test_closing_early_ends_the_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices(tmp_path / "f")
+    used: list[int] = []
+    closing = threading.Event()
+
+    def slow(self: QuantizingStream, index: int, staging: Staging) -> None:
+        used.append(index)
+        assert closing.wait(10)
+
+    monkeypatch.setattr(QuantizingStream, "_use", slow)
     stream = QuantizingStream(read_header(tmp_path / "f"), "int8", 64, CPU)
     assert readers()
+    stream.ended = True  # as ``close`` says first
+    closing.set()
     stream.close()
-    assert not readers()
+    assert not readers() and len(used) <= shards.reader_count() < len(stream.spans)
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
@@ -145,9 +188,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     whole = (tmp_path / "f").read_bytes()
     (tmp_path / "f").write_bytes(whole[: header["c"].offset + 5])
     stream = QuantizingStream(header, "int8", 64, CPU)
-    assert stream.quantize("a") is not None
-    with pytest.raises(BackboneError, match=f"is cut short: there is nothing after byte {header['c'].offset + 5:,}"):
-        stream.quantize("c")
+    named = f"^cannot quantise 'c': .* is cut short: there is nothing after byte {header['c'].offset + 5:,}"
+    with pytest.raises(BackboneError, match=named):
+        stream.finish()
     stream.close()
     with pytest.raises(BackboneError, match="is cut short"):
         read_tensors(header, CPU)

@@ -64,6 +64,19 @@ def has_joint_kernels(device: torch.device) -> bool:
     return bool(device.type == "cuda" and _generation(device) >= 9)
 
 
+def has_quantize_kernel(device: torch.device, scheme: str, dtypes: set[torch.dtype]) -> bool:
+    """Whether ``quantize_rows`` takes matrices of ``dtypes``, on ``device``, for ``scheme``."""
+    return has_triton(device) and scheme == "int8" and dtypes <= {torch.bfloat16, torch.float16, torch.float32}
+
+
+def quantize_rows(part: Tensor, codes: Tensor, scale: Tensor, first: int) -> None:
+    """Whole rows of a matrix, ``part`` (flat), into the rows of ``codes`` [out, in] and ``scale`` [out] from ``first``
+    on: the bits of ``reference.quantize_groups``, in one launch on the current stream. No rows at all compile it."""
+    from finetuna_lightning.ops.kernels import quantize
+
+    quantize.quantize(part, codes, scale, first)
+
+
 class _Int8Linear(torch.autograd.Function):
     """Y = X W^T with X quantised per row; dX = (dY * s) W with dY * s quantised per row, on CUDA: see ops.kernels."""
 

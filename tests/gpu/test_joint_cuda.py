@@ -129,7 +129,7 @@ def run(
 def test_every_kernel_agrees_with_float64() -> None:
     from tests.helpers.kernels import check_all
 
-    assert len(check_all("cuda")) == 10
+    assert len(check_all("cuda")) == 11
 
 
 def test_a_llama_is_fused_whole() -> None:

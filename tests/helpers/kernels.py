@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetuna_lightning.ops.kernels import adam, gemm, lowrank, rows
+from finetuna_lightning.ops import reference
+from finetuna_lightning.ops.kernels import adam, gemm, lowrank, quantize, rows
 from finetuna_lightning.ops.tiling import tiling
 
 SPANS = [("one", 0, 70), ("two", 70, 200), ("one", 200, 233), ("three", 233, 234)]
@@ -79,6 +80,31 @@ def check_quantize(case: Case) -> None:
         poisonous = rows.quantize(x, scales)[1]
         assert poisonous.isfinite().tolist() == [True, True, False, True, True, True, True]
         assert torch.equal(poisonous[3:], scale[3:])
+
+
+def check_quantize_as_the_reference(case: Case) -> None:
+    """In the bits of the reference on a CPU: rows of several widths, in pieces, of zeros, of ties, of the smallest
+    numbers, and not finite."""
+    smallest = {torch.bfloat16: 1e-39 if case.device == "cuda" else 1e-30, torch.float16: 1e-7, torch.float32: 1e-39}
+    for count, columns in ((37, 53), (1, 7), (5, 1), (3, 1000), (4, 4096), (2, 17000)):  # the last in two blocks
+        for dtype, tiny in smallest.items():
+            random = case.random(count, columns, dtype=torch.float32)
+            ties = (random * 100).round().clamp(-254, 254) / 2
+            ties[:, 0] = 127
+            damaged = random.clone()
+            damaged[0, -1], damaged[-1, 0], damaged[count // 2] = torch.nan, torch.inf, 0
+            for matrix in (random, ties, random * tiny, damaged):
+                weight = matrix.to(dtype)
+                codes = torch.empty(count + 2, columns, dtype=torch.int8, device=case.device)
+                scale = torch.empty(count + 2, device=case.device)
+                for start, stop in ((0, count // 2), (count // 2, count), (count, count)):
+                    quantize.quantize(weight[start:stop].reshape(-1), codes, scale, 1 + start)
+                wanted = torch.empty(count, columns, dtype=torch.int8), torch.empty(count)
+                reference.quantize_groups(weight.cpu().view(-1), wanted[0].view(-1), wanted[1], "int8", columns)
+                got, finite = (codes[1:-1].cpu(), scale[1:-1].cpu()), wanted[1].isfinite()
+                assert torch.equal(got[1].isfinite(), finite)
+                assert torch.equal(got[0][finite], wanted[0][finite]) and torch.equal(got[1][finite], wanted[1][finite])
+                assert bool((codes[[0, -1]] == 77).all() and scale[[0, -1]].isnan().all())  # neighbours are let alone
 
 
 def check_transpose_and_dequantize(case: Case) -> None:
