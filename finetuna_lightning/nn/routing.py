@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from operator import attrgetter
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -355,10 +356,11 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
     """The deltas of groups of layers that earlier passes of the same adapters found, while all their parameters stay
     where they are: that is looked at once a pass, since asking each delta at each layer takes longer than a GPU."""
     if not route._kept:
-        deltas = [delta for name in route.names for delta in bank.deltas(name)]
-        parameters = [p for delta in deltas for p in delta._parameters.values() if p is not None]
-        settings = [(delta.alpha, getattr(delta, "dropout", 0)) for delta in deltas]
-        stamp = [*settings, *map(id, parameters), *map(Tensor.data_ptr, parameters)]
+        deltas = [*chain.from_iterable(map(bank.deltas, route.names))]  # in C, as far as there is a way
+        slots = [*chain.from_iterable(map(dict.values, map(attrgetter("_parameters"), deltas)))]
+        parameters = [p for p in slots if p is not None]
+        settings = [*map(attrgetter("alpha"), deltas), *[delta.__dict__.get("dropout") for delta in deltas]]
+        stamp = [*settings, *map(id, slots), *map(Tensor.data_ptr, parameters)]
         route._kept["direct"] = route.direct and not _watched(parameters)
         companies = _KEPT.setdefault(bank, {})
         if route.names not in companies or companies[route.names][0] != stamp:

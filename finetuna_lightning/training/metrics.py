@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,23 @@ class Perplexity(MeanLoss):
 
     def compute(self) -> Tensor:
         return torch.exp(self.total / self.count).float()
+
+
+def stay_in_place(logged: Iterable[Any]) -> None:
+    """Have what Lightning keeps of each logged value moved only when it is elsewhere. ``LightningModule.log`` moves it
+    at every call, to where it is, by a walk over all attributes of a torchmetrics object: half of what logging takes,
+    which for 64 adapters is more than a tenth of a GPU's step."""
+    for metric in logged:
+        if "to" not in metric.__dict__ and isinstance(getattr(metric, "value", None), Tensor):
+            metric.to = _mover(metric, metric.to)
+
+
+def _mover(metric: Any, move: Callable[..., Any]) -> Callable[..., Any]:
+    def to(*args: Any, **kwargs: Any) -> Any:
+        there = len(args) == 1 and not kwargs and metric.value.device == args[0]
+        return metric if there else move(*args, **kwargs)
+
+    return to
 
 
 class AdapterMetrics(nn.Module):

@@ -55,7 +55,7 @@ from finetuna_lightning.training import checkpoint_io, distributed, live, resume
 from finetuna_lightning.training.batches import Separate, by_adapter, cut_output, route_of, sequences
 from finetuna_lightning.training.head import FusedHead
 from finetuna_lightning.training.losses import Loss, adapter_losses
-from finetuna_lightning.training.metrics import AdapterMetrics
+from finetuna_lightning.training.metrics import AdapterMetrics, stay_in_place
 from finetuna_lightning.training.optim import AdapterOptimizers, AdapterSchedules, build_optimizer, check_optimizer
 from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
 from finetuna_lightning.training.quarantine import guarded
@@ -612,6 +612,7 @@ class MultiAdapterModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """An adapter whose ``max_steps`` are done leaves the batches; when all have, the run ends."""
         live.retire(self)
+        stay_in_place((self.trainer._results or {}).values())
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, AdapterOptimizers):
                 optimizer.release()

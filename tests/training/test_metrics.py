@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torchmetrics.text
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuna_lightning.training.metrics import AdapterMetrics, MeanLoss, Perplexity
+from finetuna_lightning.training.metrics import AdapterMetrics, MeanLoss, Perplexity, stay_in_place
 
 IGNORED = -100
 
@@ -118,3 +119,24 @@ def test_nan_shows() -> None:
     metrics.update(torch.tensor(1.0), torch.tensor(1))
     metrics.update(torch.tensor(math.nan), torch.tensor(1))
     assert all(bool(value.isnan()) for value in metrics.compute().values())
+
+
+def test_what_is_logged_is_moved_only_when_it_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
+
+    moved: list[Any] = []
+    move = _ResultMetric.to
+    monkeypatch.setattr(_ResultMetric, "to", lambda self, *args, **kwargs: moved.append(args) or move(self, *args))
+    results = _ResultCollection(training=True)
+
+    def log(value: float) -> None:
+        results.log("training_step", "loss", torch.tensor(value), on_step=True, on_epoch=False)
+        stay_in_place(results.values())
+
+    for value in (1.0, 2.0, 3.0):
+        log(value)
+        assert results["training_step.loss"].value == value
+    assert len(moved) == 1
+    metric = results["training_step.loss"]
+    assert metric.to(torch.device("meta")) is metric
+    assert len(moved) == 2 and metric.value.device.type == "meta"
