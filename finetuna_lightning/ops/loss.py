@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from finetuna_lightning.ops import cpu_rows, reference
+from finetuna_lightning.ops.library import has_triton
 
 IGNORED = -100
 CHUNK, CPU_CHUNK = 1024, 512  # tokens whose logits stand at a time
@@ -144,6 +145,19 @@ def _by_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
             torch.mm(logits, weight, out=slopes[cut])
 
 
+def _read_out(codes: Tensor, scale: Tensor | None, scheme: str, block_size: int, dtype: torch.dtype) -> Tensor:
+    """The bits of ``reference.dequantize``; of int8, in one pass where torch takes several times as long."""
+    assert scale is not None
+    if scheme == "int8" and codes.device.type == "cpu":
+        return cpu_rows.dequantize_rows_(codes, scale, torch.empty(codes.shape, dtype=dtype))
+    if scheme == "int8" and dtype in (torch.bfloat16, torch.float16) and has_triton(codes.device):
+        from finetuna_lightning.ops.kernels import rows
+
+        with torch.cuda.device_of(codes):
+            return rows.dequantize(codes, scale, torch.empty(codes.shape, dtype=dtype, device=codes.device))
+    return reference.dequantize(codes, scale, scheme, block_size, dtype)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     labels: Tensor,
@@ -192,12 +206,7 @@ def linear_cross_entropy(
     flat, targets, shape = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous(), labels.shape
     dtype = flat.dtype
     with torch.no_grad():
-        if scheme is None:
-            matrix = weight.to(dtype)
-        elif scheme == "int8" and weight.device.type == "cpu" and scale is not None:
-            matrix = cpu_rows.dequantize_rows_(weight, scale, torch.empty(weight.shape, dtype=dtype))
-        else:
-            matrix = reference.dequantize(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
+        matrix = weight.to(dtype) if scheme is None else _read_out(weight, scale, scheme, block_size, dtype)
         added = None if bias is None else bias.to(dtype)
     losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, parts, chunk, gradient)  # type: ignore[no-untyped-call]
     return losses.view(shape)

@@ -152,3 +152,10 @@ def test_a_step_is_that_of_the_logits(dtype: torch.dtype) -> None:
     bound = 1e-4 if dtype == torch.float32 else 3e-2
     assert relative(losses, wanted) < bound
     assert all(relative(one, other) < bound for one, other in zip(gradients, true, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_head_is_read_out_as_the_reference_reads_it(dtype: torch.dtype) -> None:
+    codes, scale = reference.quantize(torch.randn(101, 80, device="cuda"), "int8")
+    wanted = reference.dequantize(codes, scale, "int8", 64, dtype)
+    assert torch.equal(loss._read_out(codes, scale, "int8", 64, dtype), wanted)
