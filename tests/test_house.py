@@ -57,8 +57,8 @@ HOUSE = """
     5  training/tokenizing.py
     5  training/batches.py
     5  training/quarantine.py
-    5  training/flat_optim.py
     5  training/norms.py
+    5  training/flat_optim.py
     5  training/optim.py
     5  training/loader.py
     5  training/resume.py

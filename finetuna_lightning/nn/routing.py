@@ -374,11 +374,14 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
 
 def _watched(parameters: Sequence[Any]) -> bool:
     """Whether only autograd does right by some parameter: it is frozen, or somebody hooked its gradient."""
-    hooked = any(any(map(attrgetter(kind), parameters)) for kind in _HOOKS)
-    return hooked or not all(map(attrgetter("requires_grad"), parameters))
+    if all(map(_PLAIN.__eq__, map(_STATE, parameters))):
+        return False
+    states = map(_STATE, parameters)  # a hook that was removed leaves an empty dictionary
+    return any(not trained or hooks or late_hooks for trained, hooks, late_hooks in states)
 
 
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_STATE = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_PLAIN = (True, None, None)
 
 
 def is_observed(layer: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import Optimizer
 
 from finetuna_lightning.ops.library import has_triton
+from finetuna_lightning.training.norms import addresses
 
 FLAT = {"adamw8bit": "AdamW8bit", "lion": "Lion", "lion8bit": "Lion8bit"}
 """The kinds that there are, and the class of bitsandbytes that each is. (Paged state stays with its tensor.)"""
@@ -242,8 +244,9 @@ class FlatStep(Optimizer):
             if not all(map(Tensor.is_contiguous, shelf.parameters)):
                 for turned in shelf.parameters:
                     turned.data = turned.data.contiguous()  # as bitsandbytes does
-            steps = [state["step"] for state in shelf.states]
-            counts = [None if g is None else step for g, step in zip(gradients, steps, strict=True)]
+            counts: list[int | None] = [*map(itemgetter("step"), shelf.states)]
+            if type(None) in set(map(type, gradients)):
+                counts = [None if g is None else count for g, count in zip(gradients, counts, strict=True)]
             first = 0
             for count, same in groupby(counts):
                 last = first + len(list(same))
@@ -394,25 +397,24 @@ def _advance_fused(layout: Layout, maps: tuple[Any, Any], zero: int, runs: Seque
     from finetuna_lightning.ops.kernels import adam
 
     device = layout.programs.device
-    found: list[int] = []
+    found: list[Tensor] = []
     states: list[list[int]] = []
     settings: list[list[float]] = []
     for optimizer, run in runs:
         shelf, group = run.shelf, optimizer.param_groups[run.shelf.group]
         assert shelf.absmax is not None
-        found += map(Tensor.data_ptr, shelf.parameters[run.first : run.last])
-        found += map(Tensor.data_ptr, run.gradients)
+        found += [*shelf.parameters[run.first : run.last], *run.gradients]
         states.append([*map(Tensor.data_ptr, (*shelf.moments.unbind(), *shelf.absmax.unbind()))])
         settings.append(adam.settings_of(group["lr"], group["betas"], group["eps"], group["weight_decay"], run.count))
-    addresses = torch.tensor(found).view(len(runs), 2, -1)
+    at = addresses(found).view(len(runs), 2, -1)
     skips = [optimizer.found_inf for optimizer, _ in runs]
     factors = [optimizer.coefficient for optimizer, _ in runs]
     with torch.cuda.device(device):  # Triton launches on the current one
         adam.adamw8bit(
-            layout.programs, layout.tensors, _sent(addresses, device), _sent(torch.tensor(states), device),
+            layout.programs, layout.tensors, _sent(at, device), _sent(torch.tensor(states), device),
             _sent(torch.tensor(settings), device), maps, zero=zero,
             skip=_stacked(skips, 0.0, device) > 0, coefficient=_stacked(factors, 1.0, device),
-            aligned=not bool((addresses & 15).any()),
+            aligned=not bool((at & 15).any()),
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@ step; where Triton runs, a kernel finds them by their addresses."""
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,14 +16,19 @@ from torch import Tensor
 from finetuna_lightning.ops.library import has_triton
 
 
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """Where each of ``tensors`` stands: int64, on the host."""
+    return torch.frombuffer(array("q", map(Tensor.data_ptr, tensors)), dtype=torch.int64)
+
+
 def gradient_norms(owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The Euclidean norm of all tensors of each owner together, 0-dim. No owner's depends, in any bit, on another's."""
     norms: list[Tensor | None] = [None] * len(owners)
     alike: dict[tuple[torch.device, tuple[int, ...]], list[int]] = defaultdict(list)
     for index, own in enumerate(owners):
-        kinds = set(map(attrgetter("dtype", "device"), own))
-        device = own[0].device
-        if kinds == {(torch.float32, device)} and has_triton(device) and all(map(Tensor.is_contiguous, own)):
+        device, plain = own[0].device, set(map(attrgetter("dtype"), own)) == {torch.float32}
+        plain = plain and has_triton(device) and set(map(Tensor.get_device, own)) == {device.index}
+        if plain and all(map(Tensor.is_contiguous, own)):
             alike[device, tuple(map(Tensor.numel, own))].append(index)
         else:
             norms[index] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(own))))
@@ -36,7 +42,7 @@ def gradient_norms(owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def _by_addresses(owners: Sequence[Sequence[Tensor]], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     from finetuna_lightning.ops.kernels import adam
 
-    at = torch.tensor([*map(Tensor.data_ptr, chain.from_iterable(owners))]).view(len(owners), -1)
+    at = addresses([*chain.from_iterable(owners)]).view(len(owners), -1)
     table, lengths = _tables(sizes, device)
     with torch.cuda.device(device):  # Triton launches on the current one
         sent = at.pin_memory().to(device, non_blocking=True)

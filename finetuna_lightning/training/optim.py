@@ -265,7 +265,8 @@ class AdapterOptimizers(Optimizer):
     def _forget(self, name: str) -> None:
         """The gradients of ``name``; torch's own ``zero_grad`` takes longer to begin than this takes."""
         for parameter in self._parameters(name):
-            parameter.grad = None
+            if parameter.grad is not None:
+                parameter.grad = None
 
     def release(self) -> None:
         """Forget the gradients of steps that have been taken, so that the next forward pass has their memory."""
