@@ -359,7 +359,7 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
         deltas = [*chain.from_iterable(map(bank.deltas, route.names))]  # in C, as far as there is a way
         slots = [*chain.from_iterable(map(dict.values, map(attrgetter("_parameters"), deltas)))]
         parameters = [p for p in slots if p is not None]
-        settings = [*map(attrgetter("alpha"), deltas), *[delta.__dict__.get("dropout") for delta in deltas]]
+        settings = [(own["alpha"], own.get("dropout")) for own in map(vars, deltas)]
         stamp = [*settings, *map(id, slots), *map(Tensor.data_ptr, parameters)]
         route._kept["direct"] = route.direct and not _watched(parameters)
         companies = _KEPT.setdefault(bank, {})

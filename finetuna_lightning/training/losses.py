@@ -41,8 +41,9 @@ def adapter_losses(output: Any, batch: Mapping[str, Any], task: str, custom: Los
     labels, packed = _targets(batch, task), int("lengths" in batch)
     targets = labels.split(list(route_of(batch).sizes), packed)
     totals = _fused(output, labels) if isinstance(output, HeadInput) else _from_logits(output.logits, targets, packed)
-    for name, cut, total, own in zip(batch["adapters"], cuts, totals, targets, strict=True):
-        yield name, total, (own != IGNORED).sum(), cut
+    counted = (labels != IGNORED).split(list(route_of(batch).sizes), packed)
+    for name, cut, total, own in zip(batch["adapters"], cuts, totals, counted, strict=True):
+        yield name, total, own.sum(), cut
 
 
 def _custom(output: Any, batch: Mapping[str, Any], cuts: list[slice], loss: Loss) -> Iterator[Piece]:

@@ -454,24 +454,23 @@ class MultiAdapterModule(LightningModule):
         optimizer = self.optimizer
         batch, fit = self._guarded(batch)
         output = self._for_losses(batch, training=True)
-        means: list[Tensor] = []
-        parts: list[Tensor] = []
         # the value on Lightning's own bars is fetched from the device every step; AdapterProgress does without
         bar = isinstance(self.trainer.progress_bar_callback, TQDMProgressBar | RichProgressBar)
-        pieces = self.losses(output, batch)
-        for name, total, count, cut in distributed.over_all_ranks(self._trainer, self.adapter_names, pieces):
-            if name in self.retired:
-                continue
-            mean = total / count
-            shown = torch.where(fit[name], mean.detach(), math.nan)
-            optimizer.note(name, shown.isfinite())
-            parts.append(mean / self.config_of(name).accumulate)
-            means.append(shown)
-            self.log(f"train/{name}/loss", shown, batch_size=cut.stop - cut.start)
-        if not parts:
+        pieces = distributed.over_all_ranks(self._trainer, self.adapter_names, self.losses(output, batch))
+        found = [piece for piece in pieces if piece[0] not in self.retired]
+        if not found:
             return None
-        self.log("train/loss", torch.stack(means).nanmean(), prog_bar=bar, batch_size=len(means))
-        return torch.stack(parts).sum()
+        names, totals, counts, cuts = zip(*found, strict=True)
+        means = torch.stack(totals) / torch.stack(counts)
+        shown = torch.where(torch.stack([fit[name] for name in names]), means.detach(), math.nan)
+        for name, own, finite, cut in zip(names, shown.unbind(), shown.isfinite().unbind(), cuts, strict=True):
+            optimizer.note(name, finite)
+            self.log(f"train/{name}/loss", own, batch_size=cut.stop - cut.start)
+        self.log("train/loss", shown.nanmean(), prog_bar=bar, batch_size=len(names))
+        accumulate = [float(self.config_of(name).accumulate) for name in names]
+        if any(batches != 1 for batches in accumulate):
+            means = torch.stack([mean / batches for mean, batches in zip(means.unbind(), accumulate, strict=True)])
+        return means.sum()
 
     def _guarded(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The batch with tokens and labels that the backbone has, and by adapter whether its own were such."""

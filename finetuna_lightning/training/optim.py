@@ -104,6 +104,7 @@ class AdapterOptimizers(Optimizer):
         self._loaded: dict[str, dict[int, Tensor]] = {}  # gradients of a checkpoint, until their adapter's next batch
         self._taken: dict[str, Tensor] = {}  # whether the device takes the step, of those that it decides about
         self._late: list[LateVerdicts] = []
+        self._flat: list[FlatStep] = []  # those whose step is being taken
         super().__init__([{}], {})
 
     # ---- torch's attributes, which belong to the optimizers within ----
@@ -172,8 +173,8 @@ class AdapterOptimizers(Optimizer):
                 owned |= {name: gradients} if gradients else {}
         self._norms |= zip(owned, gradient_norms(list(owned.values())), strict=True)
         for name, gradients in owned.items():
-            coefficient = self._coefficient(name)
-            if coefficient is not None and not isinstance(self.optimizers[name], FlatStep):
+            coefficient = None if isinstance(self.optimizers[name], FlatStep) else self._coefficient(name)
+            if coefficient is not None:
                 torch._foreach_mul_(gradients, coefficient)
         return dict(self._norms)
 
@@ -194,15 +195,9 @@ class AdapterOptimizers(Optimizer):
         due = self.due()
         for name in self._taking_part():
             self.turns[name].pending += 1
-        flat: list[FlatStep] = []
         for name, flag in agreed(self._good([name for name in due if name in self._norms])).items():
-            optimizer = self.optimizers[name]
-            if isinstance(optimizer, FlatStep):
-                optimizer.found_inf, optimizer.coefficient = (~flag).float(), self._coefficient(name)
-                flat.append(optimizer)
-                self._took(name, flag)
-            else:
-                self._take(name, optimizer, flag)
+            self._take(name, flag)
+        flat, self._flat = self._flat, []
         step_together(flat)
         if self._taken:
             self._late.append(LateVerdicts(self._taken))
@@ -226,10 +221,14 @@ class AdapterOptimizers(Optimizer):
         self.turns[name].steps += 1
         self._taken[name] = good
 
-    def _take(self, name: str, optimizer: Optimizer, good: Tensor) -> None:
-        turn = self.turns[name]
+    def _take(self, name: str, good: Tensor) -> None:
+        optimizer, turn = self.optimizers[name], self.turns[name]
         heeds = getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's word for one that heeds found_inf
-        if heeds and good.is_cuda:
+        if isinstance(optimizer, FlatStep):
+            optimizer.found_inf, optimizer.coefficient = (~good).float(), self._coefficient(name)
+            self._flat.append(optimizer)
+            self._took(name, good)
+        elif heeds and good.is_cuda:
             optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
             optimizer.step()
             self._took(name, good)

@@ -26,7 +26,7 @@ def guarded(
     """
     new = dict(batch)
     names, sizes, axis = list(batch["adapters"]), list(route_of(batch).sizes), int("lengths" in batch)
-    fit = {name: torch.ones((), dtype=torch.bool, device=batch["input_ids"].device) for name in names}
+    fit = torch.ones(len(names), dtype=torch.bool, device=batch["input_ids"].device)
     for key, limit, instead in (("input_ids", tokens, 0), ("labels", classes, IGNORED)):
         values = batch.get(key)
         if limit is None or not isinstance(values, Tensor) or values.is_floating_point():
@@ -35,9 +35,11 @@ def guarded(
         if key == "labels":
             outside &= values != IGNORED
         new[key] = torch.where(outside, instead, values)
-        for name, part in zip(names, outside.split(sizes, axis), strict=True):
-            fit[name] = fit[name] & ~part.any()
-    return new, fit
+        fit &= ~torch.stack([part.any() for part in outside.split(sizes, axis)])
+    found: dict[str, Tensor] = {}
+    for name, own in zip(names, fit.unbind(), strict=True):  # a name may come more than once
+        found[name] = found[name] & own if name in found else own
+    return new, found
 
 
 def agreed(good: Mapping[str, Tensor]) -> dict[str, Tensor]:
