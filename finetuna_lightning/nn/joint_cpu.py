@@ -140,17 +140,17 @@ class _Plan:
         return whole.detach().to(dtype).view(len(run.slots), -1, whole.shape[1])
 
     def _outer(self, run: _Run, dtype: torch.dtype) -> Tensor:
-        """B of the run's layers, each at its own ranks and outputs, 0 elsewhere: [n, R, sum of N]."""
+        """B of the run's layers, each at its own outputs and ranks, 0 elsewhere: [n, sum of N, R]."""
         count, ranks = len(run.slots), [one[0] if one else 0 for one in run.form]
-        out = torch.zeros(count, sum(ranks), sum(self.widths), dtype=dtype) if len(ranks) > 1 else None
+        out = torch.zeros(count, sum(self.widths), sum(ranks), dtype=dtype) if len(ranks) > 1 else None
         row = column = 0
         for layer, rank, width in zip(self.deltas, ranks, self.widths, strict=True):
             if rank:
                 each = [layer[slot].lora_B for slot in run.slots]  # type: ignore[union-attr]
-                own = (each[0] if count == 1 else torch.cat(each)).detach().view(count, width, rank).transpose(1, 2)
+                own = (each[0] if count == 1 else torch.cat(each)).detach().view(count, width, rank)
                 if out is None:
                     return own.to(dtype)
-                out[:, row : row + rank, column : column + width] = own
+                out[:, column : column + width, row : row + rank] = own
             row, column = row + rank, column + width
         assert out is not None
         return out
@@ -167,7 +167,7 @@ class _Plan:
         for run in piece.runs:
             inner, outer = self._matrices(run, x.dtype)
             low = torch.bmm(run.of(x), inner.transpose(1, 2)).mul_(_scalings(run.form, x.dtype))
-            run.of(y).baddbmm_(low, outer)
+            run.of(y).baddbmm_(low, outer.transpose(1, 2))
             lows.append(low)
             self._stacked[id(run)] = inner, outer
         return lows
@@ -178,7 +178,7 @@ class _Plan:
         backs = []
         for run in piece.runs:
             inner, outer = self._matrices(run, grad.dtype)
-            back = torch.bmm(run.of(grad), outer.transpose(1, 2)).mul_(_scalings(run.form, grad.dtype))
+            back = torch.bmm(run.of(grad), outer).mul_(_scalings(run.form, grad.dtype))
             if grad_x is not None:
                 run.of(grad_x).baddbmm_(back, inner)
             backs.append(back)
@@ -190,7 +190,7 @@ class _Plan:
         """Add the piece's gradients of A and B to ``found``."""
         for run, low, back in zip(piece.runs, lows, backs, strict=True):
             down = torch.bmm(back.transpose(1, 2), run.of(x)).float()
-            self._collect(run, down, torch.bmm(low.transpose(1, 2), run.of(grad)), found)
+            self._collect(run, down, torch.bmm(run.of(grad).transpose(1, 2), low), found)
 
     def gradients(self, found: Found) -> list[Tensor]:
         """Those of ``parameters``, in float32."""
@@ -202,7 +202,7 @@ class _Plan:
             if one:
                 rows = slice(row, row + one[0])
                 b = torch.empty(len(run.slots), width, one[0])
-                b.copy_(up[:, rows, column : column + width].transpose(1, 2))
+                b.copy_(up[:, column : column + width, rows])
                 for index, slot in enumerate(run.slots):
                     pair, key = [down[index, rows], b[index]], id(layer[slot])
                     earlier = found.get(key)
