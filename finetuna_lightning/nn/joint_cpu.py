@@ -36,7 +36,8 @@ Found = dict[int, list[Tensor]]
 """By delta, the gradients of A and B."""
 
 CUT_ROWS = 1024  # of a piece; of fewer, the products with the deltas are too many
-PIECE_ROWS = 512  # of one product with a weight in 16 bits: oneDNN takes longer a row for more, and for fewer
+# of one product with a weight in 16 bits, of more inputs or of more outputs: oneDNN takes longer a row for others
+PIECE_ROWS, WIDE_ROWS = 512, 1024
 
 
 def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
@@ -263,8 +264,7 @@ class _Product:
         """Fill the outputs y [rows, sum of N] for x [rows, d]."""
         plan = self.plan
         if self._matrix is not None:
-            for cut in _steps(x.shape[0]):
-                torch.mm(x[cut], self._matrix.t(), out=y[cut])
+            _multiply(x, self._matrix.t(), y)
         else:
             codes = cpu.quantized(x) if quantized is None else quantized
             for q, into in zip(plan.weights, y.split(plan.widths, 1), strict=True):
@@ -276,8 +276,7 @@ class _Product:
     def backward(self, grad: Tensor, grad_x: Tensor) -> None:
         """Fill ``grad_x`` [rows, d] for the outputs' gradient [rows, sum of N]."""
         if self._matrix is not None:
-            for cut in _steps(grad.shape[0]):
-                torch.mm(grad[cut], self._matrix, out=grad_x[cut])
+            _multiply(grad, self._matrix, grad_x)
             return
         found: Tensor | None = None
         for q, own in zip(self.plan.weights, grad.split(self.plan.widths, 1), strict=True):
@@ -286,9 +285,11 @@ class _Product:
         grad_x.copy_(found)
 
 
-def _steps(rows: int) -> list[slice]:
-    """A piece may be one long span."""
-    return [slice(start, start + PIECE_ROWS) for start in range(0, rows, PIECE_ROWS)]
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Fill ``out`` with ``left right``, by pieces: ``left`` may be one long span."""
+    step = WIDE_ROWS if right.shape[0] < right.shape[1] else PIECE_ROWS
+    for rows, into in zip(left.split(step), out.split(step), strict=True):
+        torch.mm(rows, right, out=into)
 
 
 # ---- the steps of autograd's -----------------------------------------------------------------------------------------
