@@ -36,7 +36,8 @@ Found = dict[int, list[Tensor]]
 """By delta, the gradients of A and B."""
 
 CUT_ROWS = 1024  # of a piece; of fewer, the products with the deltas are too many
-PIECE_ROWS = 512  # of one product with a weight in 16 bits: oneDNN takes longer a row for more, and for fewer
+# of one product with a weight in 16 bits, of more inputs or of more outputs: oneDNN takes longer a row for others
+PIECE_ROWS, WIDE_ROWS = 512, 1024
 
 
 def takes(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
@@ -140,17 +141,17 @@ class _Plan:
         return whole.detach().to(dtype).view(len(run.slots), -1, whole.shape[1])
 
     def _outer(self, run: _Run, dtype: torch.dtype) -> Tensor:
-        """B of the run's layers, each at its own ranks and outputs, 0 elsewhere: [n, R, sum of N]."""
+        """B of the run's layers, each at its own outputs and ranks, 0 elsewhere: [n, sum of N, R]."""
         count, ranks = len(run.slots), [one[0] if one else 0 for one in run.form]
-        out = torch.zeros(count, sum(ranks), sum(self.widths), dtype=dtype) if len(ranks) > 1 else None
+        out = torch.zeros(count, sum(self.widths), sum(ranks), dtype=dtype) if len(ranks) > 1 else None
         row = column = 0
         for layer, rank, width in zip(self.deltas, ranks, self.widths, strict=True):
             if rank:
                 each = [layer[slot].lora_B for slot in run.slots]  # type: ignore[union-attr]
-                own = (each[0] if count == 1 else torch.cat(each)).detach().view(count, width, rank).transpose(1, 2)
+                own = (each[0] if count == 1 else torch.cat(each)).detach().view(count, width, rank)
                 if out is None:
                     return own.to(dtype)
-                out[:, row : row + rank, column : column + width] = own
+                out[:, column : column + width, row : row + rank] = own
             row, column = row + rank, column + width
         assert out is not None
         return out
@@ -167,7 +168,7 @@ class _Plan:
         for run in piece.runs:
             inner, outer = self._matrices(run, x.dtype)
             low = torch.bmm(run.of(x), inner.transpose(1, 2)).mul_(_scalings(run.form, x.dtype))
-            run.of(y).baddbmm_(low, outer)
+            run.of(y).baddbmm_(low, outer.transpose(1, 2))
             lows.append(low)
             self._stacked[id(run)] = inner, outer
         return lows
@@ -178,7 +179,7 @@ class _Plan:
         backs = []
         for run in piece.runs:
             inner, outer = self._matrices(run, grad.dtype)
-            back = torch.bmm(run.of(grad), outer.transpose(1, 2)).mul_(_scalings(run.form, grad.dtype))
+            back = torch.bmm(run.of(grad), outer).mul_(_scalings(run.form, grad.dtype))
             if grad_x is not None:
                 run.of(grad_x).baddbmm_(back, inner)
             backs.append(back)
@@ -190,7 +191,7 @@ class _Plan:
         """Add the piece's gradients of A and B to ``found``."""
         for run, low, back in zip(piece.runs, lows, backs, strict=True):
             down = torch.bmm(back.transpose(1, 2), run.of(x)).float()
-            self._collect(run, down, torch.bmm(low.transpose(1, 2), run.of(grad)), found)
+            self._collect(run, down, torch.bmm(run.of(grad).transpose(1, 2), low), found)
 
     def gradients(self, found: Found) -> list[Tensor]:
         """Those of ``parameters``, in float32."""
@@ -202,7 +203,7 @@ class _Plan:
             if one:
                 rows = slice(row, row + one[0])
                 b = torch.empty(len(run.slots), width, one[0])
-                b.copy_(up[:, rows, column : column + width].transpose(1, 2))
+                b.copy_(up[:, column : column + width, rows])
                 for index, slot in enumerate(run.slots):
                     pair, key = [down[index, rows], b[index]], id(layer[slot])
                     earlier = found.get(key)
@@ -263,8 +264,7 @@ class _Product:
         """Fill the outputs y [rows, sum of N] for x [rows, d]."""
         plan = self.plan
         if self._matrix is not None:
-            for cut in _steps(x.shape[0]):
-                torch.mm(x[cut], self._matrix.t(), out=y[cut])
+            _multiply(x, self._matrix.t(), y)
         else:
             codes = cpu.quantized(x) if quantized is None else quantized
             for q, into in zip(plan.weights, y.split(plan.widths, 1), strict=True):
@@ -276,8 +276,7 @@ class _Product:
     def backward(self, grad: Tensor, grad_x: Tensor) -> None:
         """Fill ``grad_x`` [rows, d] for the outputs' gradient [rows, sum of N]."""
         if self._matrix is not None:
-            for cut in _steps(grad.shape[0]):
-                torch.mm(grad[cut], self._matrix, out=grad_x[cut])
+            _multiply(grad, self._matrix, grad_x)
             return
         found: Tensor | None = None
         for q, own in zip(self.plan.weights, grad.split(self.plan.widths, 1), strict=True):
@@ -286,9 +285,11 @@ class _Product:
         grad_x.copy_(found)
 
 
-def _steps(rows: int) -> list[slice]:
-    """A piece may be one long span."""
-    return [slice(start, start + PIECE_ROWS) for start in range(0, rows, PIECE_ROWS)]
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Fill ``out`` with ``left right``, by pieces: ``left`` may be one long span."""
+    step = WIDE_ROWS if right.shape[0] < right.shape[1] else PIECE_ROWS
+    for rows, into in zip(left.split(step), out.split(step), strict=True):
+        torch.mm(rows, right, out=into)
 
 
 # ---- the steps of autograd's -----------------------------------------------------------------------------------------

@@ -17,19 +17,22 @@ from torch.nn import functional as F
 PIECE_ELEMENTS = 1 << 18
 
 
-def pieces(rows: int, columns: int) -> Iterator[slice]:
-    """Cuts of ``rows`` rows into pieces of about ``PIECE_ELEMENTS`` elements."""
-    step = max(1, PIECE_ELEMENTS // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def pieces(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts of matrices with as many rows into pieces of about ``PIECE_ELEMENTS`` elements of the first: views that one
+    call makes, for a slice at a time they would take as long as the work."""
+    count = max(1, -(-matrices[0].numel() // PIECE_ELEMENTS))
+    return zip(*(matrix.chunk(count) for matrix in matrices), strict=True)
 
 
 def dequantize_rows_(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """Fill ``out`` [rows, columns] with ``codes * scale``, rounded once: codes int8, scale [rows] float32."""
     if out.dtype in (torch.float32, torch.float64):
         return out.copy_(codes).mul_(scale[:, None])
-    for cut in pieces(*codes.shape):
-        out[cut] = codes[cut].float().mul_(scale[cut, None])
+    wide: Tensor | None = None
+    for piece, own, into in pieces(codes, scale[:, None], out):
+        if wide is None or wide.shape != piece.shape:
+            wide = torch.empty(piece.shape)
+        into.copy_(wide.copy_(piece).mul_(own))
     return out
 
 
@@ -39,15 +42,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, rstd = torch.empty_like(x), torch.empty(x.shape[0], 1)
-        for cut in pieces(*x.shape):
-            wide = x[cut].float()
-            own = torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=rstd[cut])
+        for part, own, into in pieces(x, rstd, y):
+            wide = part.float()
+            torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=own)
             own.square_().div_(x.shape[1]).add_(eps).rsqrt_()
             if x.dtype == torch.float32:
-                torch.mul(wide, own, out=y[cut]).mul_(weight)
+                torch.mul(wide, own, out=into).mul_(weight)
             else:
-                y[cut] = wide.mul_(own)
-                y[cut].mul_(weight)
+                into.copy_(wide.mul_(own)).mul_(weight)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -56,12 +58,13 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         out, wide_weight = torch.empty_like(x), weight.float()
-        for cut in pieces(*x.shape):  # operands of one type: torch is many times slower where it has to convert one
-            wide, slope, own = x[cut].float(), grad[cut].float(), rstd[cut]
+        for part, own_grad, own, into in pieces(x, grad, rstd, out):
+            # operands of one type: torch is many times slower where it has to convert one
+            wide, slope = part.float(), own_grad.float()
             slope = slope * wide_weight if grad.dtype == torch.float32 else slope.mul_(wide_weight)
             along = torch.linalg.vecdot(slope, wide)[:, None]
             along.mul_(own.pow(3)).div_(x.shape[1])
-            out[cut] = slope.mul_(own).addcmul_(wide, along, value=-1)
+            into.copy_(slope.mul_(own).addcmul_(wide, along, value=-1))
         return out, None, None
 
 
@@ -72,23 +75,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(both: Tensor) -> Tensor:
     """``silu(gate) * up`` [rows, f] of ``both`` [rows, 2 f], gate and up side by side."""
-    width = both.shape[1] // 2
-    out = torch.empty(both.shape[0], width, dtype=both.dtype)
-    for cut in pieces(both.shape[0], width):
-        torch.mul(F.silu(both[cut, :width]), both[cut, width:], out=out[cut])
+    out = torch.empty(both.shape[0], both.shape[1] // 2, dtype=both.dtype)
+    for into, gate, up in pieces(out, *both.chunk(2, 1)):
+        torch.mul(F.silu(gate), up, out=into)
     return out
 
 
 def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``both`` from ``grad``, that of ``silu(gate) * up`` [rows, f]; and, written over ``grad``,
     ``silu(gate) * up`` again."""
-    width = both.shape[1] // 2
     out = torch.empty_like(both)
-    for cut in pieces(both.shape[0], width):
-        gate, up, own = both[cut, :width], both[cut, width:], grad[cut]
+    for own, gate, up, of_gate, of_up in pieces(grad, *both.chunk(2, 1), *out.chunk(2, 1)):
         opened = F.silu(gate)
-        torch.ops.aten.silu_backward.grad_input(own * up, gate, grad_input=out[cut, :width])
-        torch.mul(opened, own, out=out[cut, width:])
+        torch.ops.aten.silu_backward.grad_input(own * up, gate, grad_input=of_gate)
+        torch.mul(opened, own, out=of_up)
         torch.mul(opened, up, out=own)
     return out, grad
 
@@ -96,11 +96,13 @@ def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tensor:
     """The rotary embedding ``x cos + rotate_half(x) sin`` of heads [T, H, size], in place; cos and sin [T, size].
     ``backward``: of the gradient instead."""
-    half = heads.shape[-1] // 2
-    for cut in pieces(heads.shape[0], heads.shape[1] * heads.shape[2]):
-        first, second = heads[cut, :, :half], heads[cut, :, half:]
-        (c, other_c), (s, other_s) = ((table[cut, None, :half], table[cut, None, half:]) for table in (cos, sin))
-        turned = first * (s if backward else other_s)
-        first.mul_(c).addcmul_(second, other_s if backward else s, value=1 if backward else -1)
-        second.mul_(other_c).add_(turned, alpha=-1 if backward else 1)
+    tables = sin[:, None].chunk(2, -1)
+    for_first, for_second = tables[::-1] if backward else tables
+    sign = 1 if backward else -1
+    for part, c, s, other_s in pieces(heads, cos[:, None], for_first, for_second):
+        first, second = part.clone().chunk(2, -1)
+        part.mul_(c)
+        turned, other = part.chunk(2, -1)
+        turned.addcmul_(second, s, value=sign)
+        other.addcmul_(first, other_s, value=-sign)
     return heads

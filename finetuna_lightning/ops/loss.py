@@ -61,23 +61,25 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: boo
         with torch.cuda.device_of(logits):  # Triton launches on the current one
             kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
     else:
-        step = max(1, PIECE_ELEMENTS // max(logits.shape[1], 1))
-        for first in range(0, logits.shape[0], step):
-            cut = slice(first, first + step)
-            _cross_entropy_piece_(logits[cut], labels[cut], losses[cut], gradient)
+        _cross_entropy_(logits, labels, losses, gradient)
 
 
-def _cross_entropy_piece_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
-    """``cross_entropy_`` in plain torch, with a copy of ``logits`` in ``losses``' type where that is another."""
+def _cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
+    """``cross_entropy_`` in plain torch, by pieces that are copied to ``losses``' type; what is one number a row is
+    done for all rows together."""
     ignored, at = labels == IGNORED, labels.clamp(min=0)[:, None]
-    log_chances = torch.log_softmax(logits.to(losses.dtype), 1)  # sums and exponentials in one pass each
-    losses.copy_(-log_chances.gather(1, at).squeeze(1)).masked_fill_(ignored, 0)
+    count = max(1, -(-logits.numel() // PIECE_ELEMENTS))
+    for piece, own_at, chance in zip(*(part.chunk(count) for part in (logits, at, losses[:, None])), strict=True):
+        log_chances = torch.log_softmax(piece.to(losses.dtype), 1)  # sums and exponentials in one pass each
+        torch.gather(log_chances, 1, own_at, out=chance)
+        if gradient:
+            piece.copy_(log_chances.exp_())
     if gradient:
-        slopes = log_chances.exp_()
-        slopes.scatter_(1, at, slopes.gather(1, at) - 1)
-        if may_hold_any(ignored):
-            slopes.masked_fill_(ignored[:, None], 0)
-        logits.copy_(slopes)
+        # scatter_ takes a pass over all of the logits
+        logits[torch.arange(len(labels), device=labels.device), at.squeeze(1)] = (losses.exp() - 1).to(logits.dtype)
+    losses.neg_().masked_fill_(ignored, 0)
+    if gradient and may_hold_any(ignored):
+        logits.masked_fill_(ignored[:, None], 0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -28,6 +28,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pieces and products of a few rows; whatever is allocated and not written is NaN."""
     monkeypatch.setattr(joint_cpu, "CUT_ROWS", 12)
     monkeypatch.setattr(joint_cpu, "PIECE_ROWS", 5)
+    monkeypatch.setattr(joint_cpu, "WIDE_ROWS", 7)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
