@@ -387,7 +387,7 @@ class _Deltas:
         """Those of the deltas' parameters."""
         from finetuna_lightning.ops.kernels import lowrank
 
-        group = self.group
+        group, self.flat = self.group, None  # what was gathered has been used: its memory is for these
         if group is None or low is None or back is None:
             return []
         chunks, first, rank, width = self.tiling.chunks, self.tiling.first, group.rank, group.width
