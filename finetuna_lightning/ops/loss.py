@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from finetuna_lightning.ops import cpu_rows, reference
-from finetuna_lightning.ops.library import has_triton
+from finetuna_lightning.ops.library import has_joint_kernels, has_triton
+from finetuna_lightning.ops.tiling import tiling
 
 IGNORED = -100
 CHUNK, CPU_CHUNK = 1024, 512  # tokens whose logits stand at a time
@@ -132,19 +133,41 @@ def _by_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
               losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
     """Fill ``losses`` and ``slopes``, chunk by chunk."""
     count, vocabulary = len(labels), weight.shape[0]
+    multiply = _tiled_product if _takes_tiles(hidden, weight) else _product
     # on a GPU each row begins at a multiple of 16 bytes, or matrix units and loads go at a fraction of their speed
     width = -(-vocabulary // 16) * 16 if hidden.is_cuda else vocabulary
     buffer = hidden.new_empty(min(chunk, count), width)[:, :vocabulary]
     for first in range(0, count, chunk):
         cut = slice(first, min(first + chunk, count))
         logits = buffer[: cut.stop - cut.start]
-        if bias is None:
-            torch.mm(hidden[cut], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, hidden[cut], weight.t(), out=logits)
+        multiply(hidden[cut], weight, logits, bias, False)
         cross_entropy_(logits, labels[cut], losses[cut], slopes is not None)
         if slopes is not None:
-            torch.mm(logits, weight, out=slopes[cut])
+            multiply(logits, weight, slopes[cut], None, True)
+
+
+def _product(a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, backward: bool) -> None:
+    """Fill ``out`` with ``a W^T + bias``, or ``backward`` with ``a W``."""
+    if bias is None:
+        torch.mm(a, weight if backward else weight.t(), out=out)
+    else:
+        torch.addmm(bias, a, weight.t(), out=out)
+
+
+def _takes_tiles(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether ``_tiled_product`` takes these."""
+    half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    return half and has_joint_kernels(hidden.device) and weight.is_contiguous() and weight.shape[1] % 16 == 0
+
+
+def _tiled_product(a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, backward: bool) -> None:
+    """The same by the kernel of joint layers, in which a row's bits do not depend on how many rows there are, and which
+    is no slower (benchmarks/LOG.md)."""
+    from finetuna_lightning.ops.kernels.gemm import gemm
+
+    if len(a):
+        with torch.cuda.device_of(a):  # Triton launches on the current one
+            gemm(a, weight, out, tiling([("", 0, len(a))], a.device).tiles, bias=bias, b_is_kn=backward)
 
 
 def _read_out(codes: Tensor, scale: Tensor | None, scheme: str, block_size: int, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from finetuna_lightning.configs import AdapterConfig
 from finetuna_lightning.ops import loss, reference
+from finetuna_lightning.ops.library import has_joint_kernels
 from finetuna_lightning.ops.loss import IGNORED, linear_cross_entropy
 from finetuna_lightning.training.head import HeadInput
 from finetuna_lightning.training.module import MultiAdapterModule
@@ -159,3 +160,30 @@ def test_the_head_is_read_out_as_the_reference_reads_it(dtype: torch.dtype) -> N
     codes, scale = reference.quantize(torch.randn(101, 80, device="cuda"), "int8")
     wanted = reference.dequantize(codes, scale, "int8", 64, dtype)
     assert torch.equal(loss._read_out(codes, scale, "int8", 64, dtype), wanted)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_joint_kernels(torch.device("cuda")),
+    reason="the products are torch's, which go by the rows",
+)
+@pytest.mark.parametrize("vocabulary", [101, 4096])
+def test_no_bit_of_a_row_depends_on_the_others(vocabulary: int) -> None:
+    """Neither loss nor gradient, also where another row is NaN."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1500, 256, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, 256, device="cuda", dtype=torch.bfloat16) / 16
+    bias, labels = torch.randn(vocabulary, device="cuda").bfloat16(), torch.randint(vocabulary, (1500,), device="cuda")
+    hidden[700] = torch.nan
+
+    def of(cut: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        own = hidden[cut].clone().requires_grad_()
+        losses = linear_cross_entropy(own, labels[cut], weight, bias=bias)
+        losses.sum().backward()
+        assert own.grad is not None
+        return losses.detach(), own.grad
+
+    losses, slopes = of(slice(None))
+    for cut in (slice(0, 128), slice(640, 650), slice(1490, 1500), slice(130, 690)):
+        own_losses, own_slopes = of(cut)
+        assert torch.equal(own_losses, losses[cut]) and torch.equal(own_slopes, slopes[cut])
+    assert losses.isnan().nonzero().flatten().tolist() == [700]
