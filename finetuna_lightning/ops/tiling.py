@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 128
+ALIGNED = 4  # numbers of 4 bytes: Triton compiles a kernel once more where an address is no multiple of 16
 CHUNK_ROWS = 1024  # of one adapter, summed by one program; several chunks are added up afterwards, in order
 
 
@@ -54,15 +55,20 @@ def _tiling(segments: tuple[tuple[str, int, int], ...], device: torch.device) ->
     tiles, chunks = cut(TILE_ROWS), sorted(cut(CHUNK_ROWS), key=lambda chunk: chunk[2])
     counts = [sum(chunk[2] == slot for chunk in chunks) for slot in range(len(names))]
     first = [sum(counts[:slot]) for slot in range(len(names) + 1)]
-    flat = [value for table in (tiles, chunks) for column in zip(*table, strict=True) for value in column] + first
-    whole = torch.tensor(flat, dtype=torch.int32)
+    parts = [[value for column in zip(*table, strict=True) for value in column] for table in (tiles, chunks)]
+    parts.append(first)
+    room = [-(-len(part) // ALIGNED) * ALIGNED for part in parts]
+    whole = torch.tensor(
+        [value for part, size in zip(parts, room, strict=True) for value in part + [0] * (size - len(part))],
+        dtype=torch.int32,
+    )
     if device.type == "cuda":
         whole = whole.pin_memory().to(device, non_blocking=True)
-    own, rest = whole[: 3 * len(tiles)], whole[3 * len(tiles) :]
+    own, of_chunks, firsts = (place[: len(part)] for place, part in zip(whole.split(room), parts, strict=True))
     return Tiling(
         names,
         own.view(3, -1),
-        rest[: 3 * len(chunks)].view(3, -1),
-        None if all(count == 1 for count in counts) else rest[3 * len(chunks) :],
+        of_chunks.view(3, -1),
+        None if all(count == 1 for count in counts) else firsts,
         tuple((start, stop, slots[name]) for name, start, stop in segments),
     )
