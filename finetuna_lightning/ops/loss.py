@@ -71,10 +71,13 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bo
     ignored, at = labels == IGNORED, labels.clamp(min=0)[:, None]
     count = max(1, -(-logits.numel() // PIECE_ELEMENTS))
     for piece, own_at, chance in zip(*(part.chunk(count) for part in (logits, at, losses[:, None])), strict=True):
-        log_chances = torch.log_softmax(piece.to(losses.dtype), 1)  # sums and exponentials in one pass each
-        torch.gather(log_chances, 1, own_at, out=chance)
+        wide = piece.to(losses.dtype)
+        wide.sub_(wide.amax(1, keepdim=True))
+        torch.gather(wide, 1, own_at, out=chance)
+        total = wide.exp_().sum(1, keepdim=True)  # one exponential each; after a log_softmax there would be two
+        chance.sub_(total.log())
         if gradient:
-            piece.copy_(log_chances.exp_())
+            piece.copy_(wide.div_(total))
     if gradient:
         # scatter_ takes a pass over all of the logits
         logits[torch.arange(len(labels), device=labels.device), at.squeeze(1)] = (losses.exp() - 1).to(logits.dtype)
