@@ -26,7 +26,6 @@ HOUSE = """
     0  quickstart/domains.py
     1  ops/reference.py
     1  ops/cpu.py
-    1  ops/heap.py
     1  ops/cpu_rows.py
     1  ops/cpu_attention.py
     1  ops/tiling.py

@@ -14,7 +14,7 @@ from finetuna_lightning.adapters import output_head
 from finetuna_lightning.backbone import cast_, quantize_model_, quantized_layers
 from finetuna_lightning.configs import BLOCK_SIZES, DTYPES, SCHEMES
 from finetuna_lightning.errors import ConfigError, one_of
-from finetuna_lightning.ops import cpu, heap
+from finetuna_lightning.ops import cpu
 from finetuna_lightning.ops.library import has_joint_kernels
 
 COMPUTE = ("auto", "16bit", "int8", "fp8")
@@ -79,7 +79,6 @@ class EightBitPrecision(Precision):
             raise ConfigError(f"EightBitPrecision.block_size must be one of {BLOCK_SIZES}, not {block_size!r}")
         self.scheme, self.block_size, self.dtype, self.compute = scheme, block_size, dtype, compute
         self.skip_modules, self.fuse = list(skip_modules or ()), fuse
-        self._keeps_heap = False
 
     def set_compute(self, backbone: nn.Module, device: torch.device | None = None) -> None:
         """Say to every quantised matrix how products with it are computed (on ``device``, by default where it is).
@@ -118,9 +117,6 @@ class EightBitPrecision(Precision):
             )
         trainer = module.trainer if isinstance(module, LightningModule) else None
         device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
-        if trainer is not None and device.type == "cpu" and not self._keeps_heap:
-            self._keeps_heap = True
-            heap.keep()
         if not getattr(module, "backbone_is_prepared", False):
             quantize_model_(backbone, self.scheme, self.block_size, self.skip_modules)
             cast_(backbone, resolve_dtype(self.dtype, device))
@@ -128,12 +124,6 @@ class EightBitPrecision(Precision):
         if self.compute == "auto" and any(q.compute == "int8" for q in quantized_layers(backbone).values()):
             rank_zero_info("the backbone's products are computed in int8; EightBitPrecision(compute='16bit') does not")
         return module
-
-    def teardown(self) -> None:
-        """The end of a trainer's run, also of one that failed."""
-        if self._keeps_heap:
-            self._keeps_heap = False
-            heap.give_back()
 
     def clip_gradients(self, optimizer: Any, clip_val: Any = 0.0, gradient_clip_algorithm: Any = None) -> None:
         """Refused: see ``refuse_joint_clipping``."""

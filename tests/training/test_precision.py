@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -191,31 +190,6 @@ def test_fp8_is_refused_on_the_cpu_before_anything_is_loaded(tmp_path: Path, mon
     module = tiny_module(tmp_path, {"a": {"rank": 2}}, scheme="fp8")
     with pytest.raises(ConfigError, match="compute='fp8' needs a CUDA GPU"):
         tiny_fit(module, tiny_batches(["a"], 1), plugins=[EightBitPrecision(compute="fp8")])
-
-
-# ---- the heap -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_heap_is_kept_for_a_fit_and_given_back(
-    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(precision.heap, "keep", lambda: seen.append("keep"))
-    monkeypatch.setattr(precision.heap, "give_back", lambda: seen.append("give back"))
-
-    class Watch(pl.Callback):
-        def on_train_batch_start(self, *_: Any) -> None:
-            seen.append("step")
-            if fails:
-                raise RuntimeError("stopped here")
-
-    module, batches = tiny_module(tmp_path, {"a": {"rank": 2}}), tiny_batches(["a"], 1)
-    with pytest.raises(RuntimeError, match="stopped here") if fails else nullcontext():
-        tiny_fit(module, batches, Watch(), plugins=[EightBitPrecision()])
-    assert seen == ["keep", "step", "give back"]
-    EightBitPrecision().teardown()  # of a plugin that no trainer has used
-    assert seen == ["keep", "step", "give back"]
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
