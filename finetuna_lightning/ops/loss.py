@@ -158,9 +158,13 @@ def _product(a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, backwa
 
 
 def _takes_tiles(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether ``_tiled_product`` takes these."""
+    """Whether ``_tiled_product`` takes these: a GPU that has it, 16 bits, rows that begin at multiples of 16 bytes."""
+    if torch.compiler.is_compiling() or not has_joint_kernels(hidden.device):
+        return False
     half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-    return half and has_joint_kernels(hidden.device) and weight.is_contiguous() and weight.shape[1] % 16 == 0
+    apart = hidden.stride(0) >= hidden.shape[1] and hidden.stride(0) % 8 == 0
+    rows = hidden.stride(1) == 1 and apart and hidden.data_ptr() % 16 == 0
+    return half and rows and weight.is_contiguous() and weight.shape[1] % 16 == 0
 
 
 def _tiled_product(a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, backward: bool) -> None:

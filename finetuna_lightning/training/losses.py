@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetuna_lightning.errors import ConfigError
 from finetuna_lightning.training.batches import Separate, cut_output, route_of
 from finetuna_lightning.training.distributed import Piece
 from finetuna_lightning.training.head import HeadInput
@@ -50,7 +51,12 @@ def _custom(output: Any, batch: Mapping[str, Any], cuts: list[slice], loss: Loss
     for name, cut in zip(batch["adapters"], cuts, strict=True):
         own = {k: v[cut] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
         mean, rows = loss(cut_output(output, cut), own), cut.stop - cut.start
-        yield name, mean * rows, torch.tensor(rows, device=mean.device), cut
+        if mean.numel() != 1:
+            raise ConfigError(
+                f"the loss of adapter {name!r} has the shape {tuple(mean.shape)}: loss(output, batch) must return one "
+                "number, the mean over the rows that it was given"
+            )
+        yield name, mean.reshape(()) * rows, torch.tensor(rows, device=mean.device), cut
 
 
 def _targets(batch: Mapping[str, Any], task: str) -> Tensor:

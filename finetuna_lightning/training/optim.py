@@ -104,7 +104,6 @@ class AdapterOptimizers(Optimizer):
         self._loaded: dict[str, dict[int, Tensor]] = {}  # gradients of a checkpoint, until their adapter's next batch
         self._taken: dict[str, Tensor] = {}  # whether the device takes the step, of those that it decides about
         self._late: list[LateVerdicts] = []
-        self._flat: list[FlatStep] = []  # those whose step is being taken
         super().__init__([{}], {})
 
     # ---- torch's attributes, which belong to the optimizers within ----
@@ -195,10 +194,11 @@ class AdapterOptimizers(Optimizer):
         due = self.due()
         for name in self._taking_part():
             self.turns[name].pending += 1
-        for name, flag in agreed(self._good([name for name in due if name in self._norms])).items():
+        verdicts = agreed(self._good([name for name in due if name in self._norms]))
+        for name, flag in verdicts.items():
             self._take(name, flag)
-        flat, self._flat = self._flat, []
-        step_together(flat)
+        taking = (self.optimizers[name] for name in verdicts)
+        step_together([optimizer for optimizer in taking if isinstance(optimizer, FlatStep)])
         if self._taken:
             self._late.append(LateVerdicts(self._taken))
             self._taken.clear()
@@ -222,11 +222,11 @@ class AdapterOptimizers(Optimizer):
         self._taken[name] = good
 
     def _take(self, name: str, good: Tensor) -> None:
+        """Step adapter ``name`` if that is good; a flat one is told, and stepped with the others."""
         optimizer, turn = self.optimizers[name], self.turns[name]
         heeds = getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's word for one that heeds found_inf
         if isinstance(optimizer, FlatStep):
             optimizer.found_inf, optimizer.coefficient = (~good).float(), self._coefficient(name)
-            self._flat.append(optimizer)
             self._took(name, good)
         elif heeds and good.is_cuda:
             optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
@@ -259,7 +259,10 @@ class AdapterOptimizers(Optimizer):
         """Forget the gradients that have been used; those of an adapter that accumulates stay."""
         for name, optimizer in self.optimizers.items():
             if self.turns[name].pending == 0:
-                self._forget(name) if set_to_none else optimizer.zero_grad(False)
+                if set_to_none:
+                    self._forget(name)
+                else:
+                    optimizer.zero_grad(False)
 
     def _forget(self, name: str) -> None:
         """The gradients of ``name``; torch's own ``zero_grad`` takes longer to begin than this takes."""

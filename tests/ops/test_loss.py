@@ -213,6 +213,24 @@ def test_without_a_gradient_none_is_computed() -> None:
     assert calls == [False]
 
 
+def test_rows_that_the_kernel_could_not_read_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, rows = torch.zeros(40, 32, dtype=torch.bfloat16), torch.zeros(9, 48, dtype=torch.bfloat16)
+    assert not loss._takes_tiles(rows[:, :32], weight)  # no GPU
+    monkeypatch.setattr(loss, "has_joint_kernels", lambda _: True)
+    assert loss._takes_tiles(rows[:, :32], weight) and loss._takes_tiles(rows[2:, 8:40], weight)
+    for hidden, own in (
+        (rows[:, 1:33], weight),
+        (rows.t()[:32].t().contiguous().t().contiguous().t(), weight),
+        (rows[:1, :32].expand(9, 32), weight),
+        (torch.zeros(9, 36, dtype=torch.bfloat16)[:, :32], weight),
+        (rows[:, :32].float(), weight.float()),
+        (rows[:, :32].half(), weight),
+        (rows[:, :24], weight[:, :24].contiguous()),
+        (rows[:, :32], torch.zeros(32, 40, dtype=torch.bfloat16).t()),
+    ):
+        assert not loss._takes_tiles(hidden, own), (hidden.stride(), own.shape)
+
+
 def test_autocast_is_followed() -> None:
     hidden, weight = random(5, 6, dtype=torch.float32).requires_grad_(), random(9, 6, seed=1, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertModel
 
+from finetuna_lightning.adapters import AdapterBank
 from finetuna_lightning.backbone import quantize_model_, quantized_layers
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, DataConfig, OptimConfig
 from finetuna_lightning.errors import CheckpointError, ConfigError, FinetunaError, TargetError
@@ -316,9 +318,74 @@ def test_a_module_that_is_no_transformer_trains_through_the_plugin() -> None:
     assert [row["adapter"] for row in rows] == ["sql"] * 3 + ["legal"] * 3
 
 
+def test_a_loss_of_one_number_may_have_any_shape_and_of_several_is_refused() -> None:
+    def fitted(loss: Any) -> Recorder:
+        batches, recorder = classified(3), Recorder()
+        for batch in batches:
+            del batch["attention_mask"]
+        module = MultiAdapterModule(
+            plain_net(), {"sql": AdapterConfig(rank=2), "legal": AdapterConfig(rank=3)}, loss=loss
+        )
+        tiny_fit(module, batches, recorder, plugins=[EightBitPrecision()])
+        return recorder
+
+    wanted = fitted(bag_loss)
+    for shape in ((1,), (1, 1)):
+        found = fitted(lambda output, batch, shape=shape: bag_loss(output, batch).reshape(shape))
+        assert_equal(found.weights[-1], wanted.weights[-1])
+    with pytest.raises(ConfigError, match=r"the loss of adapter 'sql' has the shape \(3,\).*must return one number"):
+        fitted(lambda output, batch: F.cross_entropy(output, batch["labels"], reduction="none"))
+
+
 def test_a_plain_module_without_a_loss_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a plain PlainNet needs a loss: loss\(output, batch\)"):
         MultiAdapterModule(plain_net(), {"a": AdapterConfig()})
+
+
+# ---- what a step does without ---------------------------------------------------------------------------------------
+
+
+def test_gradients_go_past_autograd_in_a_training_step_of_ours_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in an evaluation, with several processes, whose gradients hooks of autograd's send, or by hand."""
+    seen: list[bool] = []
+    follow = AdapterBank.follow
+
+    def watched(self: AdapterBank, route: Any, **options: Any) -> Any:
+        seen.append(route.direct)
+        return follow(self, route, **options)
+
+    monkeypatch.setattr(AdapterBank, "follow", watched)
+    module, batches = tiny_module(tmp_path, BOTH), tiny_batches(["sql", "legal"], 2)
+    tiny_fit(module, batches, val=batches)
+    assert seen == [True] * 2 + [False] * 2
+
+    def of_a_step() -> list[bool]:
+        seen.clear()
+        module._for_losses(dict(next(iter(batches))), training=True)
+        return list(seen)
+
+    assert of_a_step() == [True]
+    module.automatic_optimization = False
+    assert of_a_step() == [False]
+    module.automatic_optimization = True
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    assert of_a_step() == [False]
+
+
+def test_logged_values_are_moved_once_in_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    move = _ResultMetric.to
+
+    def to(self: _ResultMetric, *args: Any, **kwargs: Any) -> Any:
+        moved.append(self.meta.name)
+        return move(self, *args, **kwargs)
+
+    monkeypatch.setattr(_ResultMetric, "to", to)
+    tiny_fit(tiny_module(tmp_path, BOTH), tiny_batches(["sql", "legal"], 4))
+    assert {"train/sql/loss", "train/legal/grad_norm"} < set(moved)
+    assert moved.count("train/sql/loss") == moved.count("train/legal/grad_norm") <= 2  # at first, and as the fit ends
 
 
 # ---- steps of one's own ---------------------------------------------------------------------------------------------
