@@ -5,9 +5,9 @@
     python -m benchmarks.gpu w1 roofline --compute int8      # see benchmarks.roofline
     python -m benchmarks.gpu w1 w2 w3 w4 w5 --tiny           # a small shape, on this machine's CPU
 
-First, on a cut of two layers, each workload is checked: an adapter in company against the same one alone, and
-against plain torch over the dequantised weights. A workload that fails gets no ratio. ``--budget`` starts no new run
-after so many seconds; what ran is shown."""
+First, on a cut of two layers, each workload is checked (the roofline as W1, W5 at its first number of adapters above
+one): an adapter in company against the same one alone, and against plain torch over the dequantised weights. A workload
+that fails gets no ratio. ``--budget`` starts no new run after so many seconds; what ran is shown."""
 
 from __future__ import annotations
 
@@ -124,9 +124,8 @@ class Bench:
 
     def series(self) -> None:
         """W5: at each number of adapters, and with one more."""
-        counts = [int(count) for count in self.given.counts.split(",")]
+        counts, tokens = self.grown()
         given = replace(self.settings, steps=2, warmup=2)
-        tokens = 16 * (max(counts) + 1)
         rows = []
         for count in counts:
             if not self.late():
@@ -136,6 +135,17 @@ class Bench:
         columns = ["adapters", "backbone GiB", "peak GiB", "one more, MiB", "counted", "weights", "gradients", "state",
                    "above counted"]  # fmt: skip
         show(f"W5: {tokens:,} tokens a step whatever the adapters, {self.described()}", columns, rows)
+        if not self.equal.get("w5", False):
+            print("no result: " + self.why("w5"))
+
+    def grown(self) -> tuple[list[int], int]:
+        """W5's numbers of adapters, and its tokens a step."""
+        counts = [int(count) for count in self.given.counts.split(",")]
+        return counts, 16 * (max(counts) + 1)
+
+    def why(self, key: str) -> str:
+        """Why figures of ``key`` are no result."""
+        return "not checked" if key not in self.equal else "THE EQUALITY CHECK FAILED"
 
     # ---- tables ----
 
@@ -157,7 +167,7 @@ class Bench:
                 rows.append([who if number == 1 else "", *figures.cells(), ratio])
         show(f"{work.key.upper()}: {work.title}, {self.described()}", ["", *COLUMNS, "ours / it"], rows)
         if refused and len(found) > 1:
-            print("no ratio: " + ("not checked" if work.key not in self.equal else "THE EQUALITY CHECK FAILED"))
+            print("no ratio: " + self.why(work.key))
         if work.peer and any(OURS not in who for who in found):
             print(
                 f"peers train one adapter, {work.peer[0]} x {work.peer[1]:,} tokens a step: one adapter after another "
@@ -217,7 +227,13 @@ def execute(keys: list[str], given: argparse.Namespace) -> Bench:
     names = peers.chosen(given.peers)
     print(f"{' '.join(keys)}: {machine()}", flush=True)
     if not given.no_check:
-        bench.check(works)
+        checked = list(works)
+        if "roofline" in keys and "w1" not in keys:
+            checked.append(workload("w1", bench.tokens, given.adapters))
+        if "w5" in keys:
+            counts, tokens = bench.grown()
+            checked.append(growing(next((n for n in counts if n > 1), counts[0] + 1), tokens))
+        bench.check(checked)
     for _ in range(given.rounds or (2 if names else 1)):
         for work in works:
             bench.ours(work)
