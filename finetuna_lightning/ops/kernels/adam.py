@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from finetuna_lightning.ops.kernels.launch import Kernel
 
 BLOCK = 256
 """Elements that share one scale."""
@@ -77,6 +78,7 @@ def _nearest(x, first_ptr, bounds_ptr):
     return code + (x > tl.load(bounds_ptr + code)).to(tl.int32)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["zero", "program_count", "tensor_count"])
 def _adamw8bit(
     programs_ptr, tensors_ptr, addresses_ptr, states_ptr, settings_ptr, skip_ptr, coefficient_ptr,
@@ -136,6 +138,7 @@ def _adamw8bit(
     tl.store(state2_ptr + start + at, code2.to(tl.uint8), mask=inside)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["program_count", "tensor_count"])
 def _squares(
     programs_ptr, tensors_ptr, addresses_ptr, out_ptr, program_count, tensor_count,
@@ -153,6 +156,7 @@ def _squares(
     tl.store(out_ptr + owner.to(tl.int64) * program_count + pid, tl.sum(g * g))
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count"])
 def _roots(part_ptr, out_ptr, count, SIZE: tl.constexpr):
     owner = tl.program_id(0)
@@ -176,10 +180,9 @@ def norms(table: Tensor, sizes: Tensor, addresses: Tensor, *, aligned: bool = Fa
     (owners, count), many = addresses.shape, table.shape[1]
     parts = torch.empty(owners, many, dtype=torch.float32, device=table.device)
     out = torch.empty(owners, dtype=torch.float32, device=table.device)
-    squares: Any = _squares[(many, owners)]
-    squares(table, sizes, addresses, parts, many, count, ALIGNED=aligned, SIZE=NORM_ROWS * BLOCK, BLOCK=BLOCK)
-    roots: Any = _roots[(owners,)]
-    roots(parts, out, many, SIZE=1024)
+    grid, size = (many, owners), NORM_ROWS * BLOCK
+    _squares(grid, table, sizes, addresses, parts, many, count, ALIGNED=aligned, SIZE=size, BLOCK=BLOCK)
+    _roots((owners,), parts, out, many, SIZE=1024)
     return out
 
 
@@ -206,8 +209,8 @@ def adamw8bit(
         coefficient: float32 [owners]: what the gradients are multiplied by.
         aligned: whether all addresses of weights and gradients are multiples of 16.
     """
-    launch: Any = _adamw8bit[(table.shape[1], addresses.shape[0])]
-    launch(
+    _adamw8bit(
+        (table.shape[1], addresses.shape[0]),
         table, tensors, addresses, states, settings, skip.view(torch.uint8), coefficient,
         maps[0].values, maps[0].bounds, maps[0].first, maps[1].values, maps[1].bounds, maps[1].first, zero,
         table.shape[1], tensors.shape[1], ALIGNED=aligned, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from finetuna_lightning.ops.kernels.launch import Kernel, cdiv, descriptor
 from finetuna_lightning.ops.tiling import TILE_ROWS
 
 
@@ -71,6 +71,7 @@ def _tile(
     tl.store(c_at, out.to(c_ptr.dtype.element_ty), mask=live)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tile_count"])  # batches vary: nothing is compiled again for them
 def _gemm(
     a_desc, b_desc, low_desc, m_desc, c_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, residual_ptr, tiles_ptr,
@@ -134,30 +135,29 @@ def gemm(
         low: [M, C], the low-rank products in out's type; ``matrices`` [n, C, N] what each adapter's meet, of rows that
             are a multiple of 16 bytes apart, and adapters a multiple of rows.
     """
-    m, k = a.shape
+    k = a.shape[1]
     n = out.shape[1]
     int8 = a.dtype == torch.int8
     chosen = dict(options or config(int8))
     bn, bk = chosen["BN"], chosen["BK"]
     count = tiles.shape[1]
-    a_desc = TensorDescriptor(a, [m, k], [a.stride(0), 1], [TILE_ROWS, bk])
-    b_desc = TensorDescriptor(b, list(b.shape), [b.stride(0), 1], [bk, bn] if b_is_kn else [bn, bk])
+    a_desc = descriptor(a, a.shape, a.stride(0), (TILE_ROWS, bk))
+    b_desc = descriptor(b, b.shape, b.stride(0), (bk, bn) if b_is_kn else (bn, bk))
     low_desc: Any = None
     m_desc: Any = None
     columns = block = step = 16
     if low is not None and matrices is not None:
         columns = low.shape[1]
         block = min(32, columns)  # more would not fit beside four stages of operands in shared memory
-        low_desc = TensorDescriptor(low, [m, columns], [low.stride(0), 1], [TILE_ROWS, block])
+        low_desc = descriptor(low, low.shape, low.stride(0), (TILE_ROWS, block))
         step = matrices.stride(0) // matrices.stride(1)
         height = (matrices.shape[0] - 1) * step + columns
-        m_desc = TensorDescriptor(matrices, [height, n], [matrices.stride(1), 1], [block, bn])
-    programs = count * triton.cdiv(n, bn)
+        m_desc = descriptor(matrices, (height, n), matrices.stride(1), (block, bn))
+    programs = count * cdiv(n, bn)
     if chosen["PERSISTENT"]:
         programs = min(programs, _multiprocessors(a.device))
-    launch: Any = _gemm[(programs,)]
-    launch(
-        a_desc, b_desc, low_desc, m_desc, out, row_scale, column_scale, bias, residual, tiles,
+    _gemm(
+        (programs,), a_desc, b_desc, low_desc, m_desc, out, row_scale, column_scale, bias, residual, tiles,
         n, k, columns, step, out.stride(0), 0 if residual is None else residual.stride(0), count,
         BM=TILE_ROWS, CB=block, DELTA=low is not None, INT8=int8, B_IS_KN=b_is_kn,
         COLUMN_SCALE=column_scale is not None, BIAS=bias is not None, RESIDUAL=residual is not None, EVEN=n % bn == 0,

@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finetuna_lightning.ops.kernels.launch import Kernel, next_power_of_2
+
 BLOCK = 4096  # logits at a time
 WARPS = 8
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-1.0e38)  # finite: of two such a lane past the end takes the difference
 
 
+@Kernel
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(logits, labels, losses, stride, columns, ignored, gradient: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
@@ -55,7 +58,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, ignored: int,
     if logits.stride(1) != 1 or not labels.is_contiguous() or losses.dtype != torch.float32:
         raise ValueError(f"logits of strides {logits.stride()}, losses in {losses.dtype}: rows must be contiguous")
     if rows:
-        block = min(BLOCK, triton.next_power_of_2(columns))
-        _rows[rows,](
-            logits, labels, losses, logits.stride(0), columns, ignored, gradient=gradient, block=block, num_warps=WARPS
-        )
+        block = min(BLOCK, next_power_of_2(columns))
+        _rows(
+            (rows,), logits, labels, losses, logits.stride(0), columns, ignored,
+            gradient=gradient, block=block, num_warps=WARPS,
+        )  # fmt: skip

@@ -12,14 +12,13 @@ side, then zeros up to a power of two. R is the largest rank, rounded up to a po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from finetuna_lightning.ops.kernels.launch import Kernel, cdiv, descriptor, next_power_of_2
 from finetuna_lightning.ops.tiling import TILE_ROWS
 
 STEP = 16
@@ -28,12 +27,12 @@ STEP = 16
 
 def padded_rank(rank: int) -> int:
     """R for ranks up to ``rank``."""
-    return max(STEP, int(triton.next_power_of_2(rank)))
+    return max(STEP, next_power_of_2(rank))
 
 
 def columns_of(layers: int, rank: int) -> int:
     """C for so many layers of R = ``rank``."""
-    return int(triton.next_power_of_2(layers * rank))
+    return next_power_of_2(layers * rank)
 
 
 Piece = tuple[int, int, int, bool, int, int, int]
@@ -52,6 +51,7 @@ def jobs(pieces: Sequence[Piece]) -> Tensor:
     return torch.tensor(found, dtype=torch.int64).t().contiguous()
 
 
+@Kernel
 @triton.jit(do_not_specialize=["count"])
 def _gather(jobs_ptr, out_ptr, count, STEP: tl.constexpr, BLOCK: tl.constexpr):
     entry = jobs_ptr + tl.program_id(0)
@@ -81,11 +81,11 @@ def gather(table: Tensor, size: int, widest: int, dtype: torch.dtype) -> Tensor:
     """The matrices of ``jobs`` in ``dtype``: [size], ``widest`` being the longest side."""
     out = torch.empty(size, dtype=dtype, device=table.device)
     count = table.shape[1]
-    launch: Any = _gather[(count, triton.cdiv(widest, 256))]
-    launch(table, out, count, STEP=STEP, BLOCK=256, num_warps=4)
+    _gather((count, cdiv(widest, 256)), table, out, count, STEP=STEP, BLOCK=256, num_warps=4)
     return out
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tile_count"])
 def _down(
     x_desc, m_desc, out_ptr, row_scale_ptr, scale_ptr, tiles_ptr, K, C, stride_out, tile_count,
@@ -139,14 +139,16 @@ def down(
     if low is None:
         low = torch.empty(tokens, columns, dtype=matrices.dtype, device=x.device)
     parts = TILE_ROWS // chosen["BM"]
-    launch: Any = _down[(tiles.shape[1] * parts, columns // block)]
-    x_desc = TensorDescriptor(x, [tokens, width], [x.stride(0), 1], [chosen["BM"], chosen["BK"]])
-    m_desc = TensorDescriptor(matrices, [matrices.shape[0] * columns, width], [width, 1], [block, chosen["BK"]])
-    launch(x_desc, m_desc, low, row_scale, scales, tiles, width, columns, low.stride(0), tiles.shape[1], CB=block,
-           PARTS=parts, INT8=row_scale is not None, **chosen)  # fmt: skip
+    x_desc = descriptor(x, x.shape, x.stride(0), (chosen["BM"], chosen["BK"]))
+    m_desc = descriptor(matrices, (matrices.shape[0] * columns, width), width, (block, chosen["BK"]))
+    _down(
+        (tiles.shape[1] * parts, columns // block), x_desc, m_desc, low, row_scale, scales, tiles, width, columns,
+        low.stride(0), tiles.shape[1], CB=block, PARTS=parts, INT8=row_scale is not None, **chosen,
+    )  # fmt: skip
     return low
 
 
+@Kernel
 @triton.jit(do_not_specialize=["adapters", "chunk_count", "block_count"])
 def _outer(
     x_desc, low_desc, x_ptr, low_ptr, row_scale_ptr, out_ptr, rank_ptr, chunks_ptr, blocks_ptr,
@@ -202,6 +204,7 @@ def _outer(
     tl.store(out, acc, mask=inside[:, None] & (index < rank)[None, :])
 
 
+@Kernel
 @triton.jit
 def _add_chunks(part_ptr, out_ptr, first_ptr, size, BLOCK: tl.constexpr):
     adapter = tl.program_id(0)
@@ -262,18 +265,16 @@ def outer(
     chosen = options or {"BT": 64, "num_warps": 4, "num_stages": 4}
     size = (layers if by_layer is None else 1) * width * rank
     parts = torch.empty(chunks.shape[1], size, dtype=torch.float32, device=x.device)
-    count = triton.cdiv(width, OUTER_COLUMNS) if by_layer is None else by_layer.shape[1]
-    launch: Any = _outer[(chunks.shape[1], count, columns // block)]
-    x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [chosen["BT"], OUTER_COLUMNS])
-    low_desc = TensorDescriptor(low, list(low.shape), [low.stride(0), 1], [chosen["BT"], block])
-    launch(
-        x_desc, low_desc, x, low, row_scale, parts, ranks, chunks, by_layer, width, rank, layers, x.stride(0),
-        low.stride(0), adapters, chunks.shape[1], count, BN=OUTER_COLUMNS, CB=block, UP=by_layer is not None,
-        INT8=row_scale is not None, **chosen,
+    count = cdiv(width, OUTER_COLUMNS) if by_layer is None else by_layer.shape[1]
+    x_desc = descriptor(x, x.shape, x.stride(0), (chosen["BT"], OUTER_COLUMNS))
+    low_desc = descriptor(low, low.shape, low.stride(0), (chosen["BT"], block))
+    _outer(
+        (chunks.shape[1], count, columns // block), x_desc, low_desc, x, low, row_scale, parts, ranks, chunks, by_layer,
+        width, rank, layers, x.stride(0), low.stride(0), adapters, chunks.shape[1], count, BN=OUTER_COLUMNS, CB=block,
+        UP=by_layer is not None, INT8=row_scale is not None, **chosen,
     )  # fmt: skip
     if first is None:
         return parts
     out = torch.empty(adapters, size, dtype=torch.float32, device=x.device)
-    add: Any = _add_chunks[(adapters, triton.cdiv(size, 4096))]
-    add(parts, out, first, size, BLOCK=4096)
+    _add_chunks((adapters, cdiv(size, 4096)), parts, out, first, size, BLOCK=4096)
     return out

@@ -3,11 +3,11 @@ rounded once, codes to the nearest and ties to even. Launched by the threads tha
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from finetuna_lightning.ops.kernels.launch import Kernel, next_power_of_2
 
 _ONE_PASS = 16384  # columns of a row that one program keeps in registers
 
@@ -30,8 +30,9 @@ def _store(codes_ptr, x, scale, at, columns):
     tl.store(codes_ptr + at, tl.minimum(tl.maximum(x, -127.0), 127.0).to(tl.int8), mask=at < columns)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first"])
-def _quantize(x_ptr, codes_ptr, scale_ptr, first, columns, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize(x_ptr, codes_ptr, scale_ptr, columns, first, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x_ptr += row * columns
@@ -57,7 +58,6 @@ def quantize(part: Tensor, codes: Tensor, scale: Tensor, first: int) -> None:
     ``part`` (flat; bfloat16, float16 or float32). A row that holds a NaN or an infinity gets a scale that is not
     finite. Without any row the kernel is compiled, and nothing runs."""
     columns = codes.shape[1]
-    block = min(triton.next_power_of_2(columns), _ONE_PASS)
-    launch: Any = _quantize[(part.numel() // columns,)]
-    launch(part, codes, scale, first, columns, ONE_PASS=columns <= block, BLOCK=block,
-           num_warps=max(1, min(16, block // 512)))  # fmt: skip
+    block = min(next_power_of_2(columns), _ONE_PASS)
+    _quantize((part.numel() // columns,), part, codes, scale, columns, first, ONE_PASS=columns <= block, BLOCK=block,
+              num_warps=max(1, min(16, block // 512)))  # fmt: skip

@@ -6,12 +6,13 @@ Shapes: T tokens, d features of a row, H heads of D features, f intermediate fea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from finetuna_lightning.ops.kernels.launch import Kernel, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def _scaled(x_ptr, column_ptr, at, inside, COLUMN: tl.constexpr):
     return x
 
 
+@Kernel
 @triton.jit
 def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, stride_c, COLUMN: tl.constexpr,
               ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -72,10 +74,11 @@ def quantize(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Ten
     tokens, d = x.shape
     codes = torch.empty(tokens, d, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(d), _ONE_PASS)
-    launch: Any = _quantize[(tokens,)]
-    launch(x, codes, scale, column_scale, d, x.stride(0), codes.stride(0), COLUMN=column_scale is not None,
-           ONE_PASS=d <= block, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
+    block = min(next_power_of_2(d), _ONE_PASS)
+    _quantize(
+        (tokens,), x, codes, scale, column_scale, d, x.stride(0), codes.stride(0), COLUMN=column_scale is not None,
+        ONE_PASS=d <= block, BLOCK=block, num_warps=_row_warps(block),
+    )  # fmt: skip
     return codes, scale
 
 
@@ -89,6 +92,7 @@ def _transpose_one(x_ptr, y_ptr, block, rows, columns, stride_x, stride_y, BLOCK
     tl.store(y_ptr + c.to(tl.int64)[:, None] * stride_y + r[None, :], x.T, mask=live)
 
 
+@Kernel
 @triton.jit
 def _transpose(a_ptr, b_ptr, c_ptr, y_ptr, rows_a, rows_b, rows_c, columns, stride_x, stride_y, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
@@ -109,11 +113,12 @@ def transpose(codes: Sequence[Tensor]) -> Tensor:
     out = torch.empty(columns, sum(rows), dtype=codes[0].dtype, device=codes[0].device)
     a, b, c = (*codes, codes[0], codes[0])[:3]
     counts = (*rows, 0, 0)[:3]
-    launch: Any = _transpose[(sum(triton.cdiv(count, 128) for count in counts), triton.cdiv(columns, 128))]
-    launch(a, b, c, out, *counts, columns, codes[0].stride(0), out.stride(0), BLOCK=128, num_warps=8)
+    grid = sum(cdiv(count, 128) for count in rows), cdiv(columns, 128)
+    _transpose(grid, a, b, c, out, *counts, columns, codes[0].stride(0), out.stride(0), BLOCK=128, num_warps=8)
     return out
 
 
+@Kernel
 @triton.jit
 def _dequantize(codes_ptr, scale_ptr, out_ptr, columns, stride_c, stride_o, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -127,12 +132,12 @@ def _dequantize(codes_ptr, scale_ptr, out_ptr, columns, stride_c, stride_o, BLOC
 def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """Fill ``out`` [rows, columns] with the int8 matrix in its type, rounded once."""
     rows, columns = codes.shape
-    launch: Any = _dequantize[(rows, triton.cdiv(columns, 4096))]
-    launch(codes, scale, out, columns, codes.stride(0), out.stride(0), BLOCK=min(4096, triton.next_power_of_2(columns)),
-           num_warps=4)  # fmt: skip
+    grid, block = (rows, cdiv(columns, 4096)), min(4096, next_power_of_2(columns))
+    _dequantize(grid, codes, scale, out, columns, codes.stride(0), out.stride(0), BLOCK=block, num_warps=4)
     return out
 
 
+@Kernel
 @triton.jit
 def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, QUANTIZE: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
@@ -154,6 +159,7 @@ def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stri
         tl.store(y_ptr + row * d + at, y, mask=inside)
 
 
+@Kernel
 @triton.jit
 def _norm_backward(grad_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, out_ptr, d, stride_g, stride_x, stride_r,
                    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -181,10 +187,9 @@ def norm(x: Tensor, weight: Tensor, eps: float, *, quantized: bool = False) -> t
     y = torch.empty(tokens, d, dtype=torch.int8 if quantized else x.dtype, device=x.device)
     rstd = torch.empty(tokens, device=x.device)
     scale = torch.empty(tokens, device=x.device) if quantized else None
-    block = triton.next_power_of_2(d)
-    launch: Any = _norm[(tokens,)]
-    launch(x, weight, None if quantized else y, y if quantized else None, scale, rstd, d, eps, x.stride(0),
-           QUANTIZE=quantized, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
+    block = next_power_of_2(d)
+    _norm((tokens,), x, weight, None if quantized else y, y if quantized else None, scale, rstd, d, eps, x.stride(0),
+          QUANTIZE=quantized, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
     return y, scale, rstd
 
 
@@ -192,11 +197,10 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residua
     """The gradient of ``norm`` with respect to x, plus ``residual`` [T, d]."""
     tokens, d = x.shape
     out = torch.empty(tokens, d, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(d)
-    launch: Any = _norm_backward[(tokens,)]
-    launch(grad, x, weight, rstd, residual, out, d, grad.stride(0), x.stride(0),
-           0 if residual is None else residual.stride(0), RESIDUAL=residual is not None, BLOCK=block,
-           num_warps=_row_warps(block))  # fmt: skip
+    block = next_power_of_2(d)
+    _norm_backward((tokens,), grad, x, weight, rstd, residual, out, d, grad.stride(0), x.stride(0),
+                   0 if residual is None else residual.stride(0), RESIDUAL=residual is not None, BLOCK=block,
+                   num_warps=_row_warps(block))  # fmt: skip
     return out
 
 
@@ -231,9 +235,10 @@ def _rotate_one(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, st
     tl.store(y + D // 2, second, mask=live)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens"])
-def _rotate(q_ptr, k_ptr, v_ptr, yq_ptr, yk_ptr, yv_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, kb, kt, kh, vb, vt, vh,
-            stride_yq, stride_yk, stride_yv, stride_c, heads, kv_heads, D: tl.constexpr, HALF: tl.constexpr,
+def _rotate(q_ptr, k_ptr, v_ptr, yq_ptr, yk_ptr, yv_ptr, cos_ptr, sin_ptr, qb, qt, qh, kb, kt, kh, vb, vt, vh,
+            stride_yq, stride_yk, stride_yv, stride_c, heads, kv_heads, tokens, D: tl.constexpr, HALF: tl.constexpr,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
     if tl.program_id(1) == 0:
         _rotate_one(
@@ -259,11 +264,12 @@ def rotate(given: Sequence[Tensor], out: Sequence[Tensor], cos: Tensor, sin: Ten
     rows, tokens, heads, size = given[0].shape
     kv_heads = given[1].shape[2]
     q, k, v = (given[0], given[1], given[-1])
-    launch: Any = _rotate[(rows * tokens, len(given))]
-    launch(q, k, v, out[0], out[1], out[-1], cos, sin, tokens, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-           out[0].stride(0), out[1].stride(0), out[-1].stride(0), cos.stride(0), heads, kv_heads, D=size,
-           HALF=triton.next_power_of_2(size // 2), HEADS=triton.next_power_of_2(heads),
-           KV_HEADS=triton.next_power_of_2(kv_heads), TURN=-1 if backward else 1, num_warps=4)  # fmt: skip
+    _rotate(
+        (rows * tokens, len(given)), q, k, v, out[0], out[1], out[-1], cos, sin, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], out[0].stride(0), out[1].stride(0), out[-1].stride(0), cos.stride(0), heads, kv_heads, tokens,
+        D=size, HALF=next_power_of_2(size // 2), HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads),
+        TURN=-1 if backward else 1, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -274,6 +280,7 @@ def _gated(gate_ptr, up_ptr, at, inside):
     return (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(gate.dtype)
 
 
+@Kernel
 @triton.jit
 def _swiglu(gate_ptr, up_ptr, h_ptr, codes_ptr, scale_ptr, f, QUANTIZE: tl.constexpr, ONE_PASS: tl.constexpr,
             BLOCK: tl.constexpr):  # fmt: skip
@@ -308,15 +315,14 @@ def swiglu(gate: Tensor, up: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor
     tokens, f = gate.shape
     h = torch.empty(tokens, f, dtype=torch.int8 if quantized else gate.dtype, device=gate.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
-    launch: Any = _swiglu[(tokens,)]
     block = _gated_block(f)
-    launch(gate, up, None if quantized else h, h if quantized else None, scale, f, QUANTIZE=quantized,
-           ONE_PASS=f <= block, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
+    _swiglu((tokens,), gate, up, None if quantized else h, h if quantized else None, scale, f, QUANTIZE=quantized,
+            ONE_PASS=f <= block, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
     return h, scale
 
 
 def _gated_block(f: int) -> int:
-    block = int(triton.next_power_of_2(f))
+    block = next_power_of_2(f)
     return block if block <= _ONE_PASS else 4096
 
 
@@ -337,6 +343,7 @@ def _gated_backward(grad_ptr, gate_ptr, up_ptr, out_ptr, f, at, inside):
     return d_gate.to(tl.float32), d_up.to(tl.float32)
 
 
+@Kernel
 @triton.jit
 def _swiglu_backward(
     grad_ptr, gate_ptr, up_ptr, out_ptr, codes_ptr, scale_ptr, column_ptr, f, QUANTIZE: tl.constexpr,
@@ -388,8 +395,7 @@ def swiglu_backward(
     quantized = column_scale is not None
     codes = torch.empty(tokens, 2 * f, dtype=torch.int8, device=gate.device) if quantized else None
     scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
-    chosen = options or {"BLOCK": min(4096, triton.next_power_of_2(f)), "num_warps": 16}  # 8 warps: 715 us, 16: 584
-    launch: Any = _swiglu_backward[(tokens,)]
-    launch(grad, gate, up, out, codes, scale, column_scale, f, QUANTIZE=quantized, ONE_PASS=f <= chosen["BLOCK"],
-           **chosen)  # fmt: skip
+    chosen = options or {"BLOCK": min(4096, next_power_of_2(f)), "num_warps": 16}  # 8 warps: 715 us, 16: 584
+    _swiglu_backward((tokens,), grad, gate, up, out, codes, scale, column_scale, f, QUANTIZE=quantized,
+                     ONE_PASS=f <= chosen["BLOCK"], **chosen)  # fmt: skip
     return out, codes, scale
