@@ -16,8 +16,9 @@ Shapes: T rows of the batch, d features, N outputs, f intermediate features; n a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetuna_lightning.nn import joint_cpu
+from finetuna_lightning.nn.gradients import Gradients
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedWeight
 from finetuna_lightning.ops import cpu_rows, reference
@@ -37,12 +39,12 @@ Deltas = Sequence[Sequence[LoRALinear | None]]
 
 
 class Kept(list[Any]):
-    """Deltas whose parameters are known to stay where they are, and what was ``made`` of them here. ``direct``: whether
-    their gradients are put in place without autograd (see ``Route``)."""
+    """Deltas whose parameters are known to stay where they are, and what was ``made`` of them here. ``gradients``:
+    where those of this pass go past autograd (see ``Route``)."""
 
-    def __init__(self, items: Sequence[Any], direct: bool = False) -> None:
+    def __init__(self, items: Sequence[Any]) -> None:
         super().__init__(items)
-        self.direct = direct
+        self.gradients: Gradients | None = None
         self.made: dict[int, _Lasting] = {}
 
 
@@ -95,6 +97,33 @@ class _Group:
     blocks: Tensor
     live: tuple[bool, ...]
     even: bool
+
+    def standing(self, deltas: Deltas) -> Iterator[tuple[LoRALinear, int, int, int]]:
+        """Each delta, its layer's outputs, and where the gradients of its A and B start in what ``outer`` writes."""
+        layers, total, before = len(self.outputs), sum(self.outputs), 0
+        for index, side in enumerate(self.outputs):
+            for slot, delta in enumerate(deltas[index]):
+                if delta is not None:
+                    down, up = (slot * layers + index) * self.width * self.rank, (slot * total + before) * self.rank
+                    yield delta, side, down, up
+            before += side
+
+    def views(self, deltas: Deltas, down: Tensor, up: Tensor) -> list[Tensor]:
+        """The gradients of each delta's A and B, within the tensors that ``outer`` wrote."""
+        found: list[Tensor] = []
+        if not self.even:
+            for delta, side, at, above in self.standing(deltas):
+                found.append(down.as_strided((delta.rank, self.width), (self.width, 1), at))
+                found.append(up.as_strided((side, delta.rank), (delta.rank, 1), above))
+            return found
+        slots, layers, before = self.scales.shape[0], len(self.outputs), 0  # by the hundred at a time
+        downs = down.view(slots * layers, self.rank, self.width).unbind()
+        for index, side in enumerate(self.outputs):
+            part = up.view(slots, -1).narrow(1, before * self.rank, side * self.rank)
+            ups = part.unflatten(1, (side, self.rank)).unbind()
+            found += chain.from_iterable(zip(downs[index::layers], ups, strict=True))
+            before += side
+        return found
 
 
 @dataclass(frozen=True)
@@ -272,12 +301,32 @@ class _Lasting:
         sides = [(own[0].shape[1], [q.shape[0] for q in own]) for own in weights]
         self.groups, self.table, self.parameters = groups, _table(groups, sides, device), _parameters(groups)
 
+    def _groups(self) -> Iterator[tuple[Deltas, _Group]]:
+        return zip(self.groups, () if self.table is None else self.table.groups, strict=False)
+
+    # ---- a source of gradients (see nn.gradients): two tensors a group are written ----
+
+    def views(self, written: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of ``parameters``, within those tensors."""
+        left = iter(written)
+        return [*chain.from_iterable(group.views(own, next(left), next(left)) for own, group in self._groups())]
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """In which of them each stands, and from which byte on."""
+        found = []
+        for number, (own, group) in enumerate(self._groups()):
+            for _, _, down, up in group.standing(own):
+                found += [(2 * number, 4 * down), (2 * number + 1, 4 * up)]
+        which, at = torch.tensor(found, dtype=torch.int64).view(-1, 2).unbind(1)
+        return which, at
+
 
 class _Plan:
     """The same for the rows of one batch."""
 
-    def __init__(self, lasting: _Lasting, tiling: Tiling, direct: bool) -> None:
-        self.lasting, self.tiling, self.direct = lasting, tiling, direct and bool(lasting.parameters)
+    def __init__(self, lasting: _Lasting, tiling: Tiling, direct: Gradients | None) -> None:
+        self.lasting, self.tiling, self.direct = lasting, tiling, direct if lasting.parameters else None
 
     @property
     def any(self) -> bool:
@@ -286,13 +335,15 @@ class _Plan:
 
     def trained(self, device: torch.device) -> list[Tensor]:
         """What autograd is to see as trained: the deltas' parameters, or one tensor in their place."""
-        return [torch.empty((), device=device, requires_grad=True)] if self.direct else self.lasting.parameters
+        if self.direct is None:
+            return self.lasting.parameters
+        return [torch.empty((), device=device, requires_grad=True)]
 
-    def given(self, gradients: list[Any]) -> list[Any]:
-        """What autograd is to get for ``trained``."""
-        if not self.direct:
-            return gradients
-        _deposit(self.lasting.parameters, gradients)
+    def given(self, written: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """What autograd is to get for ``trained``, of the tensors that ``_Deltas.gradients`` wrote for each group."""
+        if self.direct is None:
+            return self.lasting.views(written)
+        self.direct.put(self.lasting, written)
         return [None]
 
     def gathered(self, dtype: torch.dtype) -> list[_Deltas]:
@@ -316,19 +367,7 @@ def _plan(
     kept = deltas.made if isinstance(deltas, Kept) else {}
     if len(groups) not in kept:
         kept[len(groups)] = _Lasting(groups, weights, device)
-    return _Plan(kept[len(groups)], tiling, isinstance(deltas, Kept) and deltas.direct)
-
-
-def _deposit(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Put gradients in place, or add them to those that are there, as autograd does."""
-    there: list[tuple[Tensor, Tensor]] = []
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if (old := parameter.grad) is None:
-            parameter.grad = gradient
-        else:
-            there.append((old, gradient))
-    if there:
-        torch._foreach_add_([old for old, _ in there], [new for _, new in there])
+    return _Plan(kept[len(groups)], tiling, deltas.gradients if isinstance(deltas, Kept) else None)
 
 
 _NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -383,34 +422,16 @@ class _Deltas:
         """What the product for the input's gradient adds: ``back`` [T, C] and A [n, C, d]."""
         return _NOTHING if back is None else (back, self._inner())
 
-    def gradients(self, x: _Operand, grad: Tensor, low: Tensor | None, back: Tensor | None) -> list[Any]:
-        """Those of the deltas' parameters."""
+    def gradients(self, x: _Operand, grad: Tensor, low: Tensor | None, back: Tensor | None) -> list[Tensor]:
+        """Those of the deltas' parameters: of all A, and of all B (see ``lowrank.outer``)."""
         from finetuna_lightning.ops.kernels import lowrank
 
         group, self.flat = self.group, None  # what was gathered has been used: its memory is for these
         if group is None or low is None or back is None:
             return []
-        chunks, first, rank, width = self.tiling.chunks, self.tiling.first, group.rank, group.width
+        chunks, first, rank = self.tiling.chunks, self.tiling.first, group.rank
         down = lowrank.outer(x.values, back, chunks, first, group.ranks, rank, row_scale=x.scale)
-        up = lowrank.outer(grad, low, chunks, first, group.ranks, rank, by_layer=group.blocks)
-        found: list[Any] = []
-        layers, total, before = len(group.outputs), sum(group.outputs), 0
-        if group.even:  # views by the hundred
-            slots = group.scales.shape[0]
-            downs = down.view(slots * layers, rank, width).unbind()
-            for index, side in enumerate(group.outputs):
-                ups = up.view(slots, -1).narrow(1, before * rank, side * rank).unflatten(1, (side, rank)).unbind()
-                found += chain.from_iterable(zip(downs[index::layers], ups, strict=True))
-                before += side
-            return found
-        for index, side in enumerate(group.outputs):
-            for slot, delta in enumerate(self.deltas[index]):
-                if delta is not None:
-                    own = delta.rank
-                    found.append(down.as_strided((own, width), (width, 1), (slot * layers + index) * width * rank))
-                    found.append(up.as_strided((side, own), (own, 1), (slot * total + before) * rank))
-            before += side
-        return found
+        return [down, lowrank.outer(grad, low, chunks, first, group.ranks, rank, by_layer=group.blocks)]
 
 
 # ---- the three forms -------------------------------------------------------------------------------------------------

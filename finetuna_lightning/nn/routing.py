@@ -28,6 +28,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from finetuna_lightning.errors import RouteError
 from finetuna_lightning.nn import joint
 from finetuna_lightning.nn.dropout import places
+from finetuna_lightning.nn.gradients import Gradients
 from finetuna_lightning.nn.lora import Delta, LoRALinear
 from finetuna_lightning.nn.packing import PackedMask, packed_pass
 from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, mixed
@@ -51,9 +52,8 @@ class Route:
         lengths: of a packed batch, the tokens of each sequence.
         numbers: by adapter, which of its sequences of this step these are; absent, all of them. (Of several processes,
             each has some.)
-        direct: whether the backward pass may put the gradients of deltas into ``grad`` by itself. Autograd takes longer
-            over some ten thousand parameters than a GPU over the step. It does so still where a parameter is hooked or
-            frozen.
+        gradients: where the backward pass may put those of deltas, past autograd. They go by autograd still where a
+            parameter is hooked or frozen, and on the CPU.
     """
 
     names: tuple[str, ...]
@@ -61,7 +61,7 @@ class Route:
     seeds: dict[str, int] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None
     numbers: dict[str, list[int]] = field(default_factory=dict)
-    direct: bool = False
+    gradients: Gradients | None = None
     _places: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -324,11 +324,10 @@ def joint_parts(
         spans = [(name, start * each, stop * each) for name, start, stop in route.segments(x.shape[axis])]
     cut = tiling(spans, x.device)
     kept = None if route is None or x.device.type == "cpu" else _kept(bank, route)
-    direct = kept is not None and route is not None and route._kept["direct"]
-    key = (layers[0], len(layers), cut.names, direct)
+    key = (layers[0], len(layers), cut.names)
     if kept is not None and key in kept:
-        return cut, kept[key], weights, biases
-    deltas = joint.Kept([], direct)
+        return cut, _for_pass(kept[key], route), weights, biases
+    deltas = joint.Kept([])
     lasting = kept is not None
     for layer in layers:
         path = layer._finetuna_path if isinstance(layer, _Routed) else None
@@ -342,10 +341,18 @@ def joint_parts(
                 return None
             if delta is not None and route is None:
                 _check_gradients(bank, delta)
-        deltas.append(joint.Kept(own, direct))
+        deltas.append(joint.Kept(own))
     if kept is not None and lasting:
         kept[key] = deltas
-    return cut, deltas, weights, biases
+    return cut, _for_pass(deltas, route), weights, biases
+
+
+def _for_pass(deltas: joint.Kept, route: Route | None) -> joint.Kept:
+    """``deltas``, told where the gradients of the pass that ``route`` is for go."""
+    gradients = None if route is None else route._kept.get("gradients")
+    for part in (deltas, *deltas):
+        part.gradients = gradients
+    return deltas
 
 
 _COMPANIES = 16
@@ -361,7 +368,7 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
         parameters = [p for p in slots if p is not None]
         settings = [(own["alpha"], own.get("dropout")) for own in map(vars, deltas)]
         stamp = [*settings, *map(id, slots), *map(Tensor.data_ptr, parameters)]
-        route._kept["direct"] = route.direct and not _watched(parameters)
+        route._kept["gradients"] = None if _watched(parameters) else route.gradients
         companies = _KEPT.setdefault(bank, {})
         if route.names not in companies or companies[route.names][0] != stamp:
             if len(companies) >= _COMPANIES:
@@ -374,14 +381,8 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
 
 def _watched(parameters: Sequence[Any]) -> bool:
     """Whether only autograd does right by some parameter: it is frozen, or somebody hooked its gradient."""
-    if all(map(_PLAIN.__eq__, map(_STATE, parameters))):
-        return False
-    states = map(_STATE, parameters)  # a hook that was removed leaves an empty dictionary
-    return any(not trained or hooks or late_hooks for trained, hooks, late_hooks in states)
-
-
-_STATE = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
-_PLAIN = (True, None, None)
+    trained, *hooks = map(attrgetter, ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks"))
+    return not all(map(trained, parameters)) or any(any(map(kind, parameters)) for kind in hooks)
 
 
 def is_observed(layer: nn.Module) -> bool:

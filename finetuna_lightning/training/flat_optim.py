@@ -115,6 +115,12 @@ class Shelf:
             self._cut[first, last] = list(self._chunks(first, last))
         return self._cut[first, last]
 
+    @property
+    def layout(self) -> Layout:
+        """Of the whole, where it is the kernel's."""
+        assert self.fused is not None
+        return self.fused.layout(0, len(self.parameters))
+
     def _chunks(self, first: int, last: int) -> Iterator[Chunk]:
         for start in range(self.starts[first], self.starts[last], CHUNK):
             stop = min(start + CHUNK, self.starts[last])
@@ -185,6 +191,7 @@ class Run:
 
     Args:
         gradients: contiguous; count: which step comes.
+        standing: as ``FlatStep`` has it; there are no ``gradients`` then.
     """
 
     shelf: Shelf
@@ -192,22 +199,32 @@ class Run:
     last: int
     gradients: list[Tensor]
     count: int
+    standing: Tensor | None = None
+
+    def addresses(self) -> Tensor:
+        """Of weights and gradients: int64 [2, parameters], on the host."""
+        if self.standing is not None:
+            return self.standing
+        return addresses([*self.shelf.parameters[self.first : self.last], *self.gradients]).view(2, -1)
 
 
 class FlatStep(Optimizer):
     """The step of a bitsandbytes optimizer that it is mixed into. State and checkpoints are bitsandbytes' own, by
     parameter; the tensors of the state are parts of larger ones.
 
-    ``found_inf`` and ``coefficient`` are for the next step alone, and nothing waits for either.
+    ``found_inf``, ``coefficient`` and ``standing`` are for the next step alone, and nothing waits for any of them.
 
     Attributes:
         found_inf: on the device, 1.0 where the step is to leave weights and state as they are, to the bit, else 0.0;
             so torch's fused optimizers have it. The step's count moves in any case, and ``take_back`` moves it back.
         coefficient: on the device, what the gradients are multiplied by.
+        standing: where the parameters of ``lone_shelf`` stand, and their gradients, which are in none's ``grad``: int64
+            [2, parameters], on the host.
     """
 
     found_inf: Tensor | None = None
     coefficient: Tensor | None = None
+    standing: Tensor | None = None
     _step_supports_amp_scaling = True  # torch's word for an optimizer that heeds found_inf
     _shelves: Sequence[Shelf] | None = None
     _without: Sequence[nn.Parameter] = ()  # a state so far
@@ -237,8 +254,20 @@ class FlatStep(Optimizer):
         step_together([self])
         return loss
 
+    def lone_shelf(self) -> Shelf | None:
+        """The shelf of all parameters, where there is one, the kernel takes it as it lies, and all have as many steps
+        behind them."""
+        (shelf,) = self._shelves if self._shelves and len(self._shelves) == 1 else (None,)
+        if shelf is None or self._without or shelf.fused is None or self._moved():
+            return None
+        return shelf if len(set(map(itemgetter("step"), shelf.states))) == 1 else None
+
     def _runs(self) -> Iterator[Run]:
         """What is to be stepped."""
+        if self.standing is not None:
+            (shelf,) = self._shelves or ()
+            yield Run(shelf, 0, len(shelf.parameters), [], shelf.states[0]["step"] + 1, self.standing)
+            return
         for shelf in self._arranged():
             gradients = [p.grad for p in shelf.parameters]
             if not all(map(Tensor.is_contiguous, shelf.parameters)):
@@ -315,8 +344,7 @@ class FlatStep(Optimizer):
     def _arranged(self) -> Sequence[Shelf]:
         """The shelves, anew where a parameter has its first gradient, a state was loaded or the module moved."""
         shelves = self._shelves
-        moved = shelves is None or any(shelf.moments.device != shelf.parameters[0].device for shelf in shelves)
-        if shelves is None or moved or any(p.grad is not None for p in self._without):
+        if shelves is None or self._moved() or any(p.grad is not None for p in self._without):
             kinds, self._without = defaultdict(list), []
             for index, group in enumerate(self.param_groups):
                 for place, parameter in enumerate(group["params"]):
@@ -327,6 +355,9 @@ class FlatStep(Optimizer):
                     kinds[index, parameter.device, parameter.dtype, kind].append(parameter)
             self._shelves = shelves = [self._shelve(key[0], members) for key, members in kinds.items()]
         return shelves
+
+    def _moved(self) -> bool:
+        return any(shelf.moments.device != shelf.parameters[0].device for shelf in self._shelves or ())
 
     def _prepared(self, parameter: nn.Parameter, group: dict[str, Any], index: int, place: int) -> torch.dtype:
         """The type of its moments. Of new ones, bitsandbytes says which there are; their room is on the shelf."""
@@ -389,7 +420,7 @@ def step_together(optimizers: Sequence[FlatStep]) -> None:
     for optimizer in optimizers:
         for state in optimizer._stepped:
             state["step"] += 1
-        optimizer.found_inf = optimizer.coefficient = None
+        optimizer.found_inf = optimizer.coefficient = optimizer.standing = None
 
 
 def _advance_fused(layout: Layout, maps: tuple[Any, Any], zero: int, runs: Sequence[tuple[FlatStep, Run]]) -> None:
@@ -397,16 +428,14 @@ def _advance_fused(layout: Layout, maps: tuple[Any, Any], zero: int, runs: Seque
     from finetuna_lightning.ops.kernels import adam
 
     device = layout.programs.device
-    found: list[Tensor] = []
     states: list[list[int]] = []
     settings: list[list[float]] = []
     for optimizer, run in runs:
         shelf, group = run.shelf, optimizer.param_groups[run.shelf.group]
         assert shelf.absmax is not None
-        found += [*shelf.parameters[run.first : run.last], *run.gradients]
         states.append([*map(Tensor.data_ptr, (*shelf.moments.unbind(), *shelf.absmax.unbind()))])
         settings.append(adam.settings_of(group["lr"], group["betas"], group["eps"], group["weight_decay"], run.count))
-    at = addresses(found).view(len(runs), 2, -1)
+    at = torch.stack([run.addresses() for _, run in runs])
     skips = [optimizer.found_inf for optimizer, _ in runs]
     factors = [optimizer.coefficient for optimizer, _ in runs]
     with torch.cuda.device(device):  # Triton launches on the current one

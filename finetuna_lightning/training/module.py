@@ -49,6 +49,7 @@ from finetuna_lightning.configs import (
 from finetuna_lightning.errors import CheckpointError, ConfigError, TargetError, did_you_mean
 from finetuna_lightning.finetuned import adapter_of, finetuned_from_bank, is_prepared, shares_base
 from finetuna_lightning.fusing import fuse_
+from finetuna_lightning.nn.gradients import Gradients
 from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.seeds import stream_seed
 from finetuna_lightning.training import checkpoint_io, distributed, live, resume
@@ -60,6 +61,7 @@ from finetuna_lightning.training.optim import AdapterOptimizers, AdapterSchedule
 from finetuna_lightning.training.precision import EightBitPrecision, refuse_joint_clipping, resolve_dtype
 from finetuna_lightning.training.quarantine import guarded
 from finetuna_lightning.training.tokenizing import pad_token_id
+from finetuna_lightning.training.waiting import are_read
 
 _STATE_PREFIX = "adapters."
 _NOT_INPUTS = ("adapters", "rows", "labels", "lengths", "numbers")
@@ -139,7 +141,7 @@ class MultiAdapterModule(LightningModule):
         self._packing_tried = False
         self._head: FusedHead | None = None
         self._headless = False  # whether the pass under way may leave the output head out
-        self._direct = False  # and whether its gradients may go past autograd
+        self._gradients: Gradients | None = None  # and where its gradients go, past autograd
         self._told: set[str] = set()
         self.val_metrics = nn.ModuleDict()
         self.retired: set[str] = set()
@@ -421,7 +423,9 @@ class MultiAdapterModule(LightningModule):
             inputs["attention_mask"] = torch.ones_like(batch["input_ids"])  # without it the model looks for sequences
         with (
             packed_pass(batch.get("lengths")),
-            bank.bare() if bare else bank.follow(replace(route_of(batch), direct=self._direct), training=training),
+            bank.bare()
+            if bare
+            else bank.follow(replace(route_of(batch), gradients=self._gradients), training=training),
         ):
             if self._headless and not bare and self._fused_head().suits(batch["adapters"]):
                 return self._fused_head().run(inputs)
@@ -442,11 +446,14 @@ class MultiAdapterModule(LightningModule):
         trainer = self._trainer
         # with several processes gradients are sent by hooks of autograd's; by hand, anything may be asked of it
         alone = trainer is not None and trainer.world_size == 1
-        self._direct = training and alone and self.automatic_optimization
+        if trainer is not None and training and alone and self.automatic_optimization:
+            read = are_read(trainer, self, MultiAdapterModule, self.optimizer)
+            self._gradients = Gradients(wait=not read and self.optimizer.may_wait)
+            self.optimizer.expect(self._gradients)
         try:
             return self(batch, training=training)
         finally:
-            self._headless = self._direct = False
+            self._headless, self._gradients = False, None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """The sum of the adapters' mean losses, each divided by its ``accumulate``. No parameter is shared, so each

@@ -21,6 +21,17 @@ def addresses(tensors: Sequence[Tensor]) -> Tensor:
     return torch.frombuffer(array("q", map(Tensor.data_ptr, tensors)), dtype=torch.int64)
 
 
+def norms_at(at: Tensor, sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """The norm of each owner's gradients, 0-dim; they are contiguous, in float32, of ``sizes`` elements, and stand on
+    ``device`` at ``at``: int64 [owners, tensors], on the host. Needs Triton."""
+    from finetuna_lightning.ops.kernels import adam
+
+    table, lengths = _tables(sizes, device)
+    with torch.cuda.device(device):  # Triton launches on the current one
+        sent = at.pin_memory().to(device, non_blocking=True)
+        return list(adam.norms(table, lengths, sent, aligned=not bool((at & 15).any())).unbind())
+
+
 def gradient_norms(owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The Euclidean norm of all tensors of each owner together, 0-dim. No owner's depends, in any bit, on another's."""
     norms: list[Tensor | None] = [None] * len(owners)
@@ -33,20 +44,10 @@ def gradient_norms(owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         else:
             norms[index] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(own))))
     for (device, sizes), indices in alike.items():
-        found = _by_addresses([owners[index] for index in indices], sizes, device)
-        for index, norm in zip(indices, found.unbind(), strict=True):
+        at = addresses([*chain.from_iterable(owners[index] for index in indices)]).view(len(indices), -1)
+        for index, norm in zip(indices, norms_at(at, sizes, device), strict=True):
             norms[index] = norm
     return [norm for norm in norms if norm is not None]
-
-
-def _by_addresses(owners: Sequence[Sequence[Tensor]], sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    from finetuna_lightning.ops.kernels import adam
-
-    at = addresses([*chain.from_iterable(owners)]).view(len(owners), -1)
-    table, lengths = _tables(sizes, device)
-    with torch.cuda.device(device):  # Triton launches on the current one
-        sent = at.pin_memory().to(device, non_blocking=True)
-        return adam.norms(table, lengths, sent, aligned=not bool((at & 15).any()))
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -18,12 +19,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from finetuna_lightning.configs import AdapterConfig, OptimConfig, optimizer_settings
 from finetuna_lightning.errors import ConfigError
-from finetuna_lightning.training.flat_optim import FLAT, FlatStep, flat_optimizer, step_together
-from finetuna_lightning.training.norms import gradient_norms
+from finetuna_lightning.nn.gradients import Gradients
+from finetuna_lightning.training.flat_optim import FLAT, FlatStep, Layout, flat_optimizer, step_together
+from finetuna_lightning.training.norms import gradient_norms, norms_at
 from finetuna_lightning.training.quarantine import LateVerdicts, agreed
+from finetuna_lightning.training.waiting import Standing
 
 Factor = Callable[[int], float]
 _grad = attrgetter("grad")
+
+
+def _absent(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether none has a gradient."""
+    return all(map(is_, map(_grad, parameters), repeat(None)))
 
 
 def schedule_factor(kind: str, warmup_steps: int, total_steps: float) -> Factor:
@@ -104,6 +112,9 @@ class AdapterOptimizers(Optimizer):
         self._loaded: dict[str, dict[int, Tensor]] = {}  # gradients of a checkpoint, until their adapter's next batch
         self._taken: dict[str, Tensor] = {}  # whether the device takes the step, of those that it decides about
         self._late: list[LateVerdicts] = []
+        self._gradients = Gradients()
+        self._standing: Standing | None = None
+        self._rows: dict[str, tuple[Layout, Tensor]] = {}  # of what waits: how it is laid out, and where it stands
         super().__init__([{}], {})
 
     # ---- torch's attributes, which belong to the optimizers within ----
@@ -149,6 +160,37 @@ class AdapterOptimizers(Optimizer):
         turn.finite = finite if turn.finite is None else turn.finite & finite
         self._noted.add(name)
 
+    def expect(self, gradients: Gradients) -> None:
+        """Those of the pass that begins; what still waits of an earlier one is put in place."""
+        self._bind()
+        self._gradients = gradients
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a pass's gradients may wait (see ``Gradients``) for the step, which takes them all."""
+        return all(turn.accumulate == 1 and not turn.pending for turn in self.turns.values())
+
+    def _bind(self) -> None:
+        self._gradients.bind()
+        self._rows.clear()
+
+    def _stand(self) -> None:
+        """Find where the gradients that wait stand; put them in place where somebody whose step is due needs that."""
+        waiting = self._gradients.waiting
+        if not waiting or self._rows:
+            return
+        due = self.due()
+        owners = (self.optimizers[name] for name in due)
+        found = [owner.lone_shelf() if isinstance(owner, FlatStep) else None for owner in owners]
+        shelves = [shelf for shelf in found if shelf is not None]
+        if shelves and len(shelves) == len(found):
+            if self._standing is None or not self._standing.of(waiting, shelves):
+                self._standing = Standing(waiting, shelves)
+            for name, shelf, row in zip(due, shelves, self._standing.rows(waiting), strict=False):
+                self._rows[name] = shelf.layout, row
+        if not self._rows:
+            self._bind()
+
     def due(self) -> list[str]:
         """The adapters whose accumulation the current batch completes."""
         return [n for n in self._taking_part() if self.turns[n].pending + 1 >= self.turns[n].accumulate]
@@ -159,18 +201,28 @@ class AdapterOptimizers(Optimizer):
         return [name for name in self.optimizers if any(p.grad is not None for p in self._parameters(name))]
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
-        return [p for group in self.optimizers[name].param_groups for p in group["params"]]
+        groups = self.optimizers[name].param_groups
+        return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
 
     def clip(self) -> dict[str, Tensor]:
         """Clip the gradient norm of every adapter whose step is due to its own ``max_grad_norm``; the norms before.
 
         Gradients of flat optimizers stay as they are until they are gathered, in ``step``."""
+        self._stand()
+        alike: dict[Layout, list[str]] = defaultdict(list)
         owned: dict[str, list[Tensor]] = {}
         for name in self.due():
-            if name not in self._norms:
+            if name in self._norms:
+                continue
+            if name in self._rows:
+                alike[self._rows[name][0]].append(name)
+            else:
                 gradients = [g for g in map(_grad, self._parameters(name)) if g is not None]
                 owned |= {name: gradients} if gradients else {}
         self._norms |= zip(owned, gradient_norms(list(owned.values())), strict=True)
+        for layout, names in alike.items():
+            at = torch.stack([self._rows[name][1][1] for name in names])
+            self._norms |= zip(names, norms_at(at, layout.sizes, layout.programs.device), strict=True)
         for name, gradients in owned.items():
             coefficient = None if isinstance(self.optimizers[name], FlatStep) else self._coefficient(name)
             if coefficient is not None:
@@ -204,6 +256,8 @@ class AdapterOptimizers(Optimizer):
             self._taken.clear()
         for name in due:
             self.turns[name].pending, self.turns[name].finite = 0, None
+        self._gradients.waiting.clear()
+        self._rows.clear()
         self._noted.clear()
         self._norms.clear()
         return loss
@@ -227,6 +281,7 @@ class AdapterOptimizers(Optimizer):
         heeds = getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's word for one that heeds found_inf
         if isinstance(optimizer, FlatStep):
             optimizer.found_inf, optimizer.coefficient = (~good).float(), self._coefficient(name)
+            optimizer.standing = self._rows[name][1] if name in self._rows else None
             self._took(name, good)
         elif heeds and good.is_cuda:
             optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
@@ -257,6 +312,8 @@ class AdapterOptimizers(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients that have been used; those of an adapter that accumulates stay."""
+        self._gradients.waiting.clear()  # where any does, none waits
+        self._rows.clear()
         for name, optimizer in self.optimizers.items():
             if self.turns[name].pending == 0:
                 if set_to_none:
@@ -266,8 +323,9 @@ class AdapterOptimizers(Optimizer):
 
     def _forget(self, name: str) -> None:
         """The gradients of ``name``; torch's own ``zero_grad`` takes longer to begin than this takes."""
-        for parameter in self._parameters(name):
-            if parameter.grad is not None:
+        parameters = self._parameters(name)
+        if not _absent(parameters):
+            for parameter in parameters:
                 parameter.grad = None
 
     def release(self) -> None:
@@ -278,6 +336,7 @@ class AdapterOptimizers(Optimizer):
 
     def drop(self, name: str) -> None:
         """Forget what adapter ``name`` has accumulated."""
+        self._bind()
         self.turns[name].pending, self.turns[name].finite = 0, None
         self._noted.discard(name)
         self._loaded.pop(name, None)
@@ -299,6 +358,7 @@ class AdapterOptimizers(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """By adapter name: the state of its optimizer, its counts, and the gradients that it has accumulated."""
         self.settle()
+        self._bind()
         saved = {}
         for name, optimizer in self.optimizers.items():
             turn, waiting = self.turns[name], name in self._noted or self.turns[name].pending > 0

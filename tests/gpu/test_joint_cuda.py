@@ -25,8 +25,8 @@ from finetuna_lightning.backbone import (
     recompute_in_training,
 )
 from finetuna_lightning.fusing import fuse_
-from finetuna_lightning.nn import joint
 from finetuna_lightning.nn.blocks import FusedAttention, FusedLayer, FusedNorm, FusedSwiGLU
+from finetuna_lightning.nn.gradients import Gradients, Source
 from finetuna_lightning.nn.packing import packed_pass
 from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.ops.library import has_joint_kernels, quantized_linear
@@ -75,7 +75,7 @@ def bank_of(model: nn.Module, names: Sequence[str] = tuple(RANKS)) -> ft.Adapter
 def run(
     compute: str, names: Sequence[str] = tuple(RANKS), *, fuse: bool = True, dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda", recompute: bool = False, poison: str | None = None, rows: bool = False,
-    direct: bool = False, passes: int = 1, watch: Any = None,
+    gradients: Gradients | None = None, passes: int = 1, watch: Any = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """By adapter, the logits of its tokens in a packed pass (or, with ``rows``, of one row each); every gradient."""
     model = llama().to(device)
@@ -110,20 +110,22 @@ def run(
         ids = torch.cat([part for n in names for part in tokens[n]])[None].to(device)
         route = Route(tuple(names), tuple(len(LENGTHS[n]) for n in names), lengths=tuple(lengths))
         for _ in range(passes - 1):
-            with packed_pass(lengths), bank.follow(replace(route, direct=direct)):
+            with packed_pass(lengths), bank.follow(replace(route, gradients=gradients)):
                 model(input_ids=ids, use_cache=False, **packed_inputs(lengths, ids.device)).logits.sum().backward()
-        with packed_pass(lengths), bank.follow(replace(route, direct=direct)):
+        with packed_pass(lengths), bank.follow(replace(route, gradients=gradients)):
             logits = model(input_ids=ids, use_cache=False, **packed_inputs(lengths, ids.device)).logits[0]
         cut = logits.split([sum(LENGTHS[n]) for n in names])
         parts = dict(zip(names, cut, strict=True))
         total = sum((parts[n].double() * torch.cat(slopes[n]).to(device)).sum() for n in names)
     total.backward()  # type: ignore[union-attr]
-    gradients = {}
+    if gradients is not None:
+        gradients.bind()
+    found = {}
     for n in names:
         for key, parameter in bank[n].named_parameters():
             assert parameter.grad is not None
-            gradients[f"{n}/{key}"] = parameter.grad
-    return parts, gradients
+            found[f"{n}/{key}"] = parameter.grad
+    return parts, found
 
 
 def test_every_kernel_agrees_with_float64() -> None:
@@ -189,31 +191,45 @@ def test_joint_is_alone_to_the_bit(compute: str, recompute: bool) -> None:
             assert torch.equal(gradients[key], gradient), key
 
 
+class Counted(Gradients):
+    """How many parameters' gradients came."""
+
+    count = 0
+
+    def put(self, source: Source, written: Sequence[Tensor]) -> None:
+        self.count += 0 if self.bound else len(source.parameters)
+        if self.wait:  # what is said of where they stand holds
+            starts = torch.tensor([tensor.data_ptr() for tensor in written])
+            which, at = source.places
+            assert (starts[which] + at).tolist() == [view.data_ptr() for view in source.views(written)]
+            assert all(view.is_contiguous() for view in source.views(written))
+        super().put(source, written)
+
+    bound = False
+
+    def bind(self) -> None:
+        self.bound = True
+        super().bind()
+
+
+@pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_gradients_past_autograd_are_autograds(passes: int, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put in place, or added to what is there; a hooked parameter has its hook called."""
-    put: list[int] = []
-    deposit = joint._deposit
-
-    def counted(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        put.append(len(parameters))
-        deposit(parameters, gradients)
-
-    monkeypatch.setattr(joint, "_deposit", counted)
+def test_gradients_past_autograd_are_autograds(passes: int, recompute: bool, wait: bool) -> None:
+    """Put in place at once or later, or added to what is there; a hooked parameter has its hook called."""
     logits, wanted = run("int8", passes=passes, recompute=recompute)
-    assert not put
-    again, got = run("int8", passes=passes, recompute=recompute, direct=True)
-    assert sum(put) == passes * len(wanted) == passes * len(got)
+    past = Counted(wait)
+    again, got = run("int8", passes=passes, recompute=recompute, gradients=past)
+    assert past.count == passes * len(wanted) == passes * len(got)
     assert all(torch.equal(again[key], logits[key]) for key in logits)
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
-    put.clear()
     called: list[Tensor] = []
+    past = Counted(wait)
     _, hooked = run(
-        "int8", passes=passes, recompute=recompute, direct=True,
+        "int8", passes=passes, recompute=recompute, gradients=past,
         watch=lambda bank: next(bank.parameters()).register_hook(called.append),
     )  # fmt: skip
-    assert not put and len(called) == passes
+    assert not past.count and len(called) == passes
     assert all(torch.equal(hooked[key], wanted[key]) for key in wanted)
 
 

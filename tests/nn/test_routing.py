@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from finetuna_lightning.adapters import AdapterBank
 from finetuna_lightning.errors import RouteError
 from finetuna_lightning.nn import routing
+from finetuna_lightning.nn.gradients import Gradients
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedLinear, quantize_
 from finetuna_lightning.nn.routing import (
@@ -705,20 +706,23 @@ def test_gradients_may_go_past_autograd_only_where_nobody_watches() -> None:
     names = list(SETTINGS)[:2]
     _, bank = bank_of(*names)
 
-    def direct(wanted: bool = True) -> bool:
-        route = replace(Route.of_rows(names), direct=wanted)
+    def direct(gradients: Gradients | None) -> bool:
+        route = replace(Route.of_rows(names), gradients=gradients)
         with bank.follow(route, training=True):
             found = active_route(bank)
-            assert found is not None and found.direct is wanted
+            assert found is not None and found.gradients is gradients
             routing._kept(bank, found)
-            return bool(found._kept["direct"])
+            assert found._kept["gradients"] in (None, gradients)
+            return found._kept["gradients"] is not None
 
-    assert direct() and not direct(False)
+    own = Gradients()
+
+    assert direct(own) and not direct(None)
     parameter = next(iter(bank.deltas(names[1]))).lora_A
     for hook in (parameter.register_hook, parameter.register_post_accumulate_grad_hook):
         handle = hook(lambda _: None)
-        assert not direct()
+        assert not direct(own)
         handle.remove()
-    assert direct()
+    assert direct(own)
     parameter.requires_grad_(False)
-    assert not direct()
+    assert not direct(own)

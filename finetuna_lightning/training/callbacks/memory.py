@@ -73,13 +73,18 @@ class AdapterMemoryMonitor(Callback):
             for name, share in shares(saved.total, batch, list(self._now)).items():
                 self._now[name]["activations"] = max(self._now[name]["activations"], share)
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether this step is measured: in all others gradients may wait past ``grad`` (see ``training.waiting``)."""
+        return self._measuring is not None
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Gradients stand in full now; after the step they are freed."""
         if self._measuring is not None:
             for name, adapter in bank_of(pl_module, type(self).__name__).items():
                 grads = [p.grad for p in adapter.parameters() if p.grad is not None]
                 parts = self._now.setdefault(name, dict.fromkeys(PARTS, 0))  # it may have joined since
-                parts["gradients"] = sum(grad.untyped_storage().nbytes() for grad in grads)
+                parts["gradients"] = sum(grad.nbytes for grad in grads)  # many are parts of one storage
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
