@@ -128,6 +128,16 @@ class Meter(pl.Callback):
         self.clock, self.warmup, self.last = StepClock(device), warmup, warmup + steps - 1
         self.figures = Figures()
         self._before = 0
+        self._gradients: int | None = None
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Of the first step, none of which is timed; of the others they may wait past ``grad``."""
+        return self._gradients is None
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._gradients is None:
+            self._gradients = storage_bytes(p.grad for p in pl_module.adapters.parameters() if p.grad is not None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.warmup:
@@ -150,7 +160,7 @@ class Meter(pl.Callback):
         parameters = list(bank.parameters())
         figures.own = {
             "weights": storage_bytes(parameters),
-            "gradients": storage_bytes(p.grad for p in parameters if p.grad is not None),
+            "gradients": self._gradients or 0,
             "state": sum(optimizer_bytes(pl_module.optimizer).values()),
         }
         figures.backbone = bank.backbone_nbytes

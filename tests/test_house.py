@@ -29,6 +29,7 @@ HOUSE = """
     1  ops/cpu_rows.py
     1  ops/cpu_attention.py
     1  ops/tiling.py
+    1  ops/kernels/launch.py
     1  ops/kernels/*.py
     1  ops/library.py
     1  ops/loss.py
@@ -36,6 +37,7 @@ HOUSE = """
     2  nn/dropout.py
     2  nn/lora.py
     2  nn/packing.py
+    2  nn/gradients.py
     2  nn/joint_cpu.py
     2  nn/joint.py
     2  nn/routing.py
@@ -59,6 +61,7 @@ HOUSE = """
     5  training/quarantine.py
     5  training/norms.py
     5  training/flat_optim.py
+    5  training/waiting.py
     5  training/optim.py
     5  training/loader.py
     5  training/resume.py
