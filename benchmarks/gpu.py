@@ -133,7 +133,7 @@ class Bench:
                 rows.append(marginal_row(count, *pair))
                 print(f"[{time.perf_counter() - self.began:5.0f} s] w5 {' | '.join(rows[-1])}", flush=True)
         columns = ["adapters", "backbone GiB", "peak GiB", "one more, MiB", "counted", "weights", "gradients", "state",
-                   "above counted"]  # fmt: skip
+                   "above counted", "asked for"]  # fmt: skip
         show(f"W5: {tokens:,} tokens a step whatever the adapters, {self.described()}", columns, rows)
         if not self.equal.get("w5", False):
             print("no result: " + self.why("w5"))
@@ -210,14 +210,15 @@ def label(who: str, recompute: bool) -> str:
 def marginal_row(count: int, at: Figures, after: Figures) -> list[str]:
     """W5: what the adapter after ``count`` cost, beside what its tensors take."""
     if at.failed or after.failed:
-        return [str(count), at.failed or after.failed, *[""] * 7]
+        return [str(count), at.failed or after.failed, *[""] * 8]
     one = {kind: (after.own[kind] - at.own[kind]) for kind in at.own}
     counted, measured = sum(one.values()), after.steady - at.steady
     shown = [f"{one[kind] / 2**20:.1f}" for kind in ("weights", "gradients", "state")]
     if not at.steady:
-        return [str(count), gib(at.backbone), "-", "-", f"{counted / 2**20:.1f}", *shown, "-"]
+        return [str(count), gib(at.backbone), "-", "-", f"{counted / 2**20:.1f}", *shown, "-", "-"]
+    asked = after.asked - at.asked
     return [str(count), gib(at.backbone), gib(at.steady), f"{measured / 2**20:.1f}", f"{counted / 2**20:.1f}", *shown,
-            f"{measured / counted - 1:+.1%}"]  # fmt: skip
+            f"{measured / counted - 1:+.1%}", f"{asked / counted - 1:+.1%}"]  # fmt: skip
 
 
 def execute(keys: list[str], given: argparse.Namespace) -> Bench:

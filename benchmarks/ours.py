@@ -42,7 +42,8 @@ class Figures:
 
     ``seconds``: of one step, on the wall, over all timed steps, with one synchronisation before and one after them.
     ``median``: of one step by the device's own clock (the host's on the CPU). ``peak``: allocated at most in the whole
-    fit; ``steady``: in the timed steps; ``reserved``: by the allocator. ``own``: by kind, the adapters' bytes.
+    fit; ``steady``: in the timed steps, of which ``asked`` was asked for (the allocator hands out blocks that are larger by
+    up to 1 MiB each); ``reserved``: by it. ``own``: by kind, the adapters' bytes.
     """
 
     seconds: float = float("nan")
@@ -50,6 +51,7 @@ class Figures:
     tokens: float = 0.0
     peak: int = 0
     steady: int = 0
+    asked: int = 0
     reserved: int = 0
     backbone: int = 0
     own: dict[str, int] = field(default_factory=dict)
@@ -155,6 +157,7 @@ class Meter(pl.Callback):
         figures, bank = self.figures, pl_module.adapters
         if self.clock.cuda:
             figures.steady = torch.cuda.max_memory_allocated()
+            figures.asked = torch.cuda.memory_stats()["requested_bytes.all.peak"]
             figures.peak = max(self._before, figures.steady)
             figures.reserved = torch.cuda.max_memory_reserved()
         parameters = list(bank.parameters())
