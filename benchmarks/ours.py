@@ -42,8 +42,8 @@ class Figures:
 
     ``seconds``: of one step, on the wall, over all timed steps, with one synchronisation before and one after them.
     ``median``: of one step by the device's own clock (the host's on the CPU). ``peak``: allocated at most in the whole
-    fit; ``steady``: in the timed steps; ``asked``: asked for in them at most, where the allocator's blocks are up to 1 MiB
-    larger each; ``reserved``: by it. ``own``: by kind, the adapters' bytes.
+    fit; ``steady``: in the timed steps; ``asked``: what they asked for at most (the allocator's blocks are up to 1 MiB
+    larger each); ``reserved``: by the allocator. ``own``: by kind, the adapters' bytes.
     """
 
     seconds: float = float("nan")
