@@ -23,6 +23,7 @@ from finetuna_lightning.nn.lora import Delta, LoRAEmbedding, LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedLinear, dequantize_, is_conv1d
 from finetuna_lightning.nn.routing import (
     Route,
+    forget,
     is_routed,
     route_,
     routed,
@@ -404,6 +405,7 @@ class AdapterBank(nn.ModuleDict):
         adapter = self[name]
         del self._modules[name]
         self._route_layers()
+        forget(self)
         assert isinstance(adapter, Adapter)
         return adapter
 

@@ -98,7 +98,7 @@ class _Group:
     live: tuple[bool, ...]
     even: bool
 
-    def standing(self, deltas: Deltas) -> Iterator[tuple[LoRALinear, int, int, int]]:
+    def places(self, deltas: Deltas) -> Iterator[tuple[LoRALinear, int, int, int]]:
         """Each delta, its layer's outputs, and where the gradients of its A and B start in what ``outer`` writes."""
         layers, total, before = len(self.outputs), sum(self.outputs), 0
         for index, side in enumerate(self.outputs):
@@ -112,7 +112,7 @@ class _Group:
         """The gradients of each delta's A and B, within the tensors that ``outer`` wrote."""
         found: list[Tensor] = []
         if not self.even:
-            for delta, side, at, above in self.standing(deltas):
+            for delta, side, at, above in self.places(deltas):
                 found.append(down.as_strided((delta.rank, self.width), (self.width, 1), at))
                 found.append(up.as_strided((side, delta.rank), (delta.rank, 1), above))
             return found
@@ -316,7 +316,7 @@ class _Lasting:
         """In which of them each stands, and from which byte on."""
         found = []
         for number, (own, group) in enumerate(self._groups()):
-            for _, _, down, up in group.standing(own):
+            for _, _, down, up in group.places(own):
                 found += [(2 * number, 4 * down), (2 * number + 1, 4 * up)]
         which, at = torch.tensor(found, dtype=torch.int64).view(-1, 2).unbind(1)
         return which, at
@@ -325,8 +325,9 @@ class _Lasting:
 class _Plan:
     """The same for the rows of one batch."""
 
-    def __init__(self, lasting: _Lasting, tiling: Tiling, direct: Gradients | None) -> None:
-        self.lasting, self.tiling, self.direct = lasting, tiling, direct if lasting.parameters else None
+    def __init__(self, lasting: _Lasting, tiling: Tiling, gradients: Gradients | None) -> None:
+        self.lasting, self.tiling = lasting, tiling
+        self.gradients = gradients if lasting.parameters else None
 
     @property
     def any(self) -> bool:
@@ -335,15 +336,15 @@ class _Plan:
 
     def trained(self, device: torch.device) -> list[Tensor]:
         """What autograd is to see as trained: the deltas' parameters, or one tensor in their place."""
-        if self.direct is None:
+        if self.gradients is None:
             return self.lasting.parameters
         return [torch.empty((), device=device, requires_grad=True)]
 
     def given(self, written: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """What autograd is to get for ``trained``, of the tensors that ``_Deltas.gradients`` wrote for each group."""
-        if self.direct is None:
+        if self.gradients is None:
             return self.lasting.views(written)
-        self.direct.put(self.lasting, written)
+        self.gradients.put(self.lasting, written)
         return [None]
 
     def gathered(self, dtype: torch.dtype) -> list[_Deltas]:

@@ -379,6 +379,11 @@ def _kept(bank: DeltaSource, route: Route) -> dict[Any, joint.Kept]:
     return found
 
 
+def forget(bank: DeltaSource) -> None:
+    """Let go what earlier passes found: it would keep an adapter that has left."""
+    _KEPT.pop(bank, None)
+
+
 def _watched(parameters: Sequence[Any]) -> bool:
     """Whether only autograd does right by some parameter: it is frozen, or somebody hooked its gradient."""
     trained, *hooks = map(attrgetter, ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks"))

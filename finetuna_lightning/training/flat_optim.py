@@ -27,7 +27,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import Optimizer
 
 from finetuna_lightning.ops.library import has_triton
-from finetuna_lightning.training.norms import addresses
+from finetuna_lightning.training.norms import addresses, sent
 
 FLAT = {"adamw8bit": "AdamW8bit", "lion": "Lion", "lion8bit": "Lion8bit"}
 """The kinds that there are, and the class of bitsandbytes that each is. (Paged state stays with its tensor.)"""
@@ -440,16 +440,11 @@ def _advance_fused(layout: Layout, maps: tuple[Any, Any], zero: int, runs: Seque
     factors = [optimizer.coefficient for optimizer, _ in runs]
     with torch.cuda.device(device):  # Triton launches on the current one
         adam.adamw8bit(
-            layout.programs, layout.tensors, _sent(at, device), _sent(torch.tensor(states), device),
-            _sent(torch.tensor(settings), device), maps, zero=zero,
+            layout.programs, layout.tensors, sent(at, device), sent(torch.tensor(states), device),
+            sent(torch.tensor(settings), device), maps, zero=zero,
             skip=_stacked(skips, 0.0, device) > 0, coefficient=_stacked(factors, 1.0, device),
             aligned=not bool((at & 15).any()),
         )  # fmt: skip
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _stacked(values: Sequence[Tensor | None], missing: float, device: torch.device) -> Tensor:

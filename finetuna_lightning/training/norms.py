@@ -21,6 +21,11 @@ def addresses(tensors: Sequence[Tensor]) -> Tensor:
     return torch.frombuffer(array("q", map(Tensor.data_ptr, tensors)), dtype=torch.int64)
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to ``device``, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def norms_at(at: Tensor, sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
     """The norm of each owner's gradients, 0-dim; they are contiguous, in float32, of ``sizes`` elements, and stand on
     ``device`` at ``at``: int64 [owners, tensors], on the host. Needs Triton."""
@@ -28,8 +33,7 @@ def norms_at(at: Tensor, sizes: tuple[int, ...], device: torch.device) -> list[T
 
     table, lengths = _tables(sizes, device)
     with torch.cuda.device(device):  # Triton launches on the current one
-        sent = at.pin_memory().to(device, non_blocking=True)
-        return list(adam.norms(table, lengths, sent, aligned=not bool((at & 15).any())).unbind())
+        return list(adam.norms(table, lengths, sent(at, device), aligned=not bool((at & 15).any())).unbind())
 
 
 def gradient_norms(owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:

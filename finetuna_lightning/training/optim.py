@@ -149,6 +149,7 @@ class AdapterOptimizers(Optimizer):
         """Let an adapter go, with its state."""
         self.settle()
         self.drop(name)
+        self._standing = None
         del self.optimizers[name], self.turns[name]
 
     # ---- a step ----

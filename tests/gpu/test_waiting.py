@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +43,7 @@ class Logs(pl.Callback):
         self.values.append({key: float(value) for key, value in trainer.callback_metrics.items()})
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert not pl_module.optimizer._gradients.waiting
         held = pl_module.optimizer.turns["three"].pending
         assert held or all(parameter.grad is None for parameter in pl_module.adapters.parameters())
 
@@ -144,6 +147,23 @@ def test_an_adapter_that_accumulates_has_its_gradients(monkeypatch: pytest.Monke
     assert none == 0 and list(kept.kept) == [False, True, False, True, False]
     _, read, _ = trained(monkeypatch, Reads(), accumulate=2)
     assert_alike(waited, read)
+
+
+def test_an_adapter_that_leaves_takes_its_memory_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leaves(pl.Callback):
+        alive: Sequence[bool] = ()
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == STEPS - 1:
+                self.parameters = [weakref.ref(p) for p in pl_module.remove_adapter("two").parameters()]
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            gc.collect()
+            self.alive = [parameter() is not None for parameter in self.parameters]
+
+    leaves = Leaves()
+    steps, _, _ = trained(monkeypatch, leaves)
+    assert steps and leaves.alive and not any(leaves.alive)
 
 
 def test_memory_is_measured_by_steps_whose_gradients_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

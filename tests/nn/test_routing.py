@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -700,6 +702,19 @@ def test_what_joint_layers_look_up_is_kept_while_parameters_stay() -> None:
         before = kept()
         change()
         assert kept() is not before
+
+
+def test_an_adapter_that_leaves_is_let_go() -> None:
+    names = list(SETTINGS)[:2]
+    _, bank = bank_of(*names)
+    with routed(bank, route := Route.of_rows(names)):
+        kept = routing._kept(bank, route)
+        kept["layers"] = routing.joint.Kept([*bank.deltas(names[0]), *bank.deltas(names[1])])
+    del kept, route
+    left, stays = (weakref.ref(next(iter(bank.deltas(name)))) for name in names)
+    bank.remove(names[0])
+    gc.collect()
+    assert left() is None and stays() is not None
 
 
 def test_gradients_may_go_past_autograd_only_where_nobody_watches() -> None:
