@@ -54,7 +54,7 @@ def test_kernels_are_kept_for_no_more_than_triton_compiles_for() -> None:
     for size in range(1, 5000, 7):
         kernel((triton.cdiv(size, 256),), x, None, out, 3, 5, 0.0, size, BIAS=False, BLOCK=256)
         kernel((triton.cdiv(size, 256),), x, None, out, 100 + 2 * size, 7, 0.1, 1, BIAS=False, BLOCK=256)
-    assert len(kernel._compiled) == 3  # the second with a factor that is a multiple of 16, and one that is none
+    assert len(kernel._compiled) == 2  # for factors that are multiples of 16, and for others
 
 
 def test_arguments_that_vary_come_last() -> None:
