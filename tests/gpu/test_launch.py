@@ -10,10 +10,15 @@ tl = pytest.importorskip("triton.language")
 
 
 @triton.jit(do_not_specialize=["size"])
-def scaled(x_ptr, bias_ptr, out_ptr, factor, step, eps, size, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def scaled(
+    x_ptr, bias_ptr, out_ptr, factor, step, eps, size, BIAS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    out = tl.load(x_ptr + at * step, mask=inside, other=0.0).to(tl.float32) * factor + eps
+    if WHOLE:  # without a mask it is read 16 bytes at a time where Triton was told that the address is a multiple of 16
+        out = tl.load(x_ptr + at * step).to(tl.float32) * factor + eps
+    else:
+        out = tl.load(x_ptr + at * step, mask=inside, other=0.0).to(tl.float32) * factor + eps
     if BIAS:
         out += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -30,13 +35,13 @@ def test_a_kernel_runs_for_the_arguments_that_it_was_compiled_for() -> None:
             store = torch.randn(40_000, device=device).to(dtype)
             for start in (0, 1, 8):  # addresses that are multiples of 16, and not
                 for factor in (1, 2, 16, 17, -3, 1 << 33):
-                    for step, size in ((1, 1000), (16, 2000), (3, 1), (1, 16)):
+                    for step, size in ((1, 1000), (16, 2000), (3, 1), (1, 16), (1, 4096)):
                         for bias in (None, torch.randn(size, device=device).to(dtype)):
                             x = store[start:]
                             out = torch.full((size + 1,), torch.nan, device=device)
                             kernel(
-                                (triton.cdiv(size, 256),), x, bias, out, factor, step, 0.5, size,
-                                BIAS=bias is not None, BLOCK=256, num_warps=4,
+                                (triton.cdiv(size, 1024),), x, bias, out, factor, step, 0.5, size,
+                                BIAS=bias is not None, WHOLE=size % 1024 == 0, BLOCK=1024, num_warps=4,
                             )  # fmt: skip
                             right = x[: step * size : step].double() * factor + 0.5
                             right = right if bias is None else right + bias.double()
@@ -52,8 +57,8 @@ def test_kernels_are_kept_for_no_more_than_triton_compiles_for() -> None:
     x = torch.ones(5000, device="cuda")
     out = torch.empty(5000, device="cuda")
     for size in range(1, 5000, 7):
-        kernel((triton.cdiv(size, 256),), x, None, out, 3, 5, 0.0, size, BIAS=False, BLOCK=256)
-        kernel((triton.cdiv(size, 256),), x, None, out, 100 + 2 * size, 7, 0.1, 1, BIAS=False, BLOCK=256)
+        kernel((triton.cdiv(size, 256),), x, None, out, 3, 5, 0.0, size, BIAS=False, WHOLE=False, BLOCK=256)
+        kernel((triton.cdiv(size, 256),), x, None, out, 100 + 2 * size, 7, 0.1, 1, BIAS=False, WHOLE=False, BLOCK=256)
     assert len(kernel._compiled) == 2  # for factors that are multiples of 16, and for others
 
 
