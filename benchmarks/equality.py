@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common import SharedBackbone, joint_batches, llama_config, release_memory, show
-from benchmarks.ours import Settings, abandon, build, compute_of, fit
+from benchmarks.ours import Settings, build, compute_of, fit
 from benchmarks.workloads import ALPHA, Workload
 from finetuna_lightning.backbone import quantized_layers, skeleton
 from finetuna_lightning.training.batches import collate
@@ -85,9 +85,6 @@ class Catch(pl.Callback):
         for name, weights in self._weights.items():
             loss = float(trainer.callback_metrics[f"train/{name}/loss"])
             self.steps[name] = Step(loss, weights, self._gradients[name])
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        abandon(trainer, pl_module)
 
 
 def one_step(shared: SharedBackbone, work: Workload, batch: Any, given: Settings) -> Catch:

@@ -123,8 +123,7 @@ class StepClock:
 
 
 class Meter(pl.Callback):
-    """Times the steps of a fit and counts its bytes; then takes the fit's parts away, so that Lightning does not carry
-    them to the CPU."""
+    """Times the steps of a fit and counts its bytes."""
 
     def __init__(self, device: torch.device, warmup: int, steps: int) -> None:
         self.clock, self.warmup, self.last = StepClock(device), warmup, warmup + steps - 1
@@ -172,15 +171,19 @@ class Meter(pl.Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.figures.loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
 
+
+class Leave(pl.Callback):
+    """Takes a fit apart at its end: the backbone stays on the device for the next one, adapters and optimizers are let
+    go. Lightning carries everything to the CPU before any hook of the end but ``on_train_end``."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.strategy.optimizers = []
+        pl_module.cpu = lambda: pl_module
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        abandon(trainer, pl_module)
-
-
-def abandon(trainer: Any, module: Any) -> None:
-    """Take backbone, adapters and optimizers out of a fit that has ended: they stay on the device, or are let go."""
-    trainer.strategy.optimizers = []
-    module.backbone = module._bank = None
-    module._plain_backbone = ()
+        trainer.strategy.optimizers = []
+        pl_module.backbone = pl_module._bank = None
+        pl_module._plain_backbone = ()
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -208,7 +211,7 @@ def build(backbone: Any, work: Workload, given: Settings, lr: float = 1e-4) -> f
 def fit(module: ft.MultiAdapterModule, batches: list[Any], device: torch.device, given: Settings,
         callbacks: Sequence[pl.Callback], frozen: bool = True) -> None:  # fmt: skip
     """``Trainer.fit`` over ``batches``, as a user would call it, without logs and checkpoints."""
-    callbacks = [*callbacks, *([ft.FreezeQuantizedWeights()] if frozen else [])]
+    callbacks = [*callbacks, *([ft.FreezeQuantizedWeights()] if frozen else []), Leave()]
     precision = ft.EightBitPrecision(scheme=given.scheme, compute=given.compute, **given.precision)
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_steps=len(batches), logger=False,

@@ -15,12 +15,12 @@ Shapes: T rows of the batch, d features, N outputs, f intermediate features; n a
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -139,8 +139,9 @@ class _Table:
 Entry = tuple[int, int, int, float]
 """Of one delta: the addresses of A and B, its rank and its scaling."""
 
-_TABLES: OrderedDict[Any, _Table] = OrderedDict()
-_KEPT = 4096
+_TABLES: WeakKeyDictionary[LoRALinear, dict[Any, _Table]] = WeakKeyDictionary()
+"""By the first delta of each: a table leaves the device with it."""
+_KEPT = 32
 _NONE: Entry = (0, 0, 0, 0.0)
 
 
@@ -154,15 +155,15 @@ def _table(groups: Sequence[Deltas], sides: Sequence[tuple[int, Sequence[int]]],
         )
         for group in groups
     )
-    key = (device, entries)
-    found = _TABLES.get(key)
-    if found is None:
-        if all(entry is _NONE for group in entries for layer in group for entry in layer):
-            return None
-        _TABLES[key] = found = _make_table(entries, sides, device)
-        if len(_TABLES) > _KEPT:
-            _TABLES.popitem(last=False)
-    return found
+    first = next((d for group in groups for layer in group for d in layer if d is not None), None)
+    if first is None:
+        return None
+    tables, key = _TABLES.setdefault(first, {}), (device, entries)
+    if key not in tables:
+        if len(tables) >= _KEPT:
+            tables.clear()
+        tables[key] = _make_table(entries, sides, device)
+    return tables[key]
 
 
 def _make_table(
@@ -284,9 +285,9 @@ def _scales(weights: Sequence[QuantizedWeight]) -> Tensor:
         return weights[0].scale
     own = [q.scale for q in weights]
     state = [(id(scale), scale._version) for scale in own]
-    kept = weights[0].__dict__.get("_joined_scales")
+    kept = weights[0].joined_scales
     if kept is None or kept[0] != state:
-        kept = weights[0].__dict__["_joined_scales"] = (state, own, torch.cat(own))
+        kept = weights[0].joined_scales = (state, own, torch.cat(own))
     found: Tensor = kept[2]
     return found
 

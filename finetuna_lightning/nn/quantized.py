@@ -35,6 +35,7 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         self.scheme, self.block_size, self.dtype = scheme, block_size, dtype
         self.compute = "16bit"  # how products with it are computed: see ops.library
+        self.joined_scales: tuple[Any, ...] | None = None  # with those of its neighbours: see nn.joint
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
@@ -75,6 +76,7 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         codes, scale = self.codes, self.scale
+        self.joined_scales = None  # would stay where they are
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         if self.scale.dtype != torch.float32:  # a cast: keep the values, follow to the device alone

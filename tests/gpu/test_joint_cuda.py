@@ -3,6 +3,7 @@ layers one by one, and every adapter as alone, to the bit."""
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from finetuna_lightning.backbone import (
     recompute_in_training,
 )
 from finetuna_lightning.fusing import fuse_
+from finetuna_lightning.nn import joint
 from finetuna_lightning.nn.blocks import FusedAttention, FusedLayer, FusedNorm, FusedSwiGLU
 from finetuna_lightning.nn.gradients import Gradients, Source
 from finetuna_lightning.nn.packing import packed_pass
@@ -183,10 +185,10 @@ def test_forward_and_every_gradient_agree_with_float64(compute: str, fuse: bool,
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("compute", FIGURES)
 def test_joint_is_alone_to_the_bit(compute: str, recompute: bool) -> None:
-    joint, gradients = run(compute, recompute=recompute)
+    together, gradients = run(compute, recompute=recompute)
     for name in RANKS:
         alone, own = run(compute, [name], recompute=recompute)
-        assert torch.equal(joint[name], alone[name])
+        assert torch.equal(together[name], alone[name])
         for key, gradient in own.items():
             assert torch.equal(gradients[key], gradient), key
 
@@ -231,6 +233,29 @@ def test_gradients_past_autograd_are_autograds(passes: int, recompute: bool, wai
     )  # fmt: skip
     assert not past.count and len(called) == passes
     assert all(torch.equal(hooked[key], wanted[key]) for key in wanted)
+
+
+def test_nothing_stays_on_the_device_when_adapters_and_backbone_have_left() -> None:
+    kept: list[ft.AdapterBank] = []
+    run("int8", watch=kept.append)
+    (bank,) = kept
+    assert len(joint._TABLES) > 0
+    for name in list(bank):
+        bank.remove(name)
+    gc.collect()
+    assert len(joint._TABLES) == 0
+    model = bank.backbone.cpu()  # with the row scales put together
+    reached = [t for module in model.modules() for own in vars(module).values() for t in tensors_in(own)]
+    assert len(reached) > 0 and all(t.device.type == "cpu" for t in reached)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for own in value for t in tensors_in(own)] if isinstance(value, (list, tuple)) else []
 
 
 @pytest.mark.parametrize("compute", FIGURES)

@@ -16,6 +16,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.pytorch_utils import Conv1D
 
+from finetuna_lightning.nn import joint
 from finetuna_lightning.nn.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -103,6 +104,15 @@ def test_tied_layers_share_one_storage(change: Callable[[Any], Any]) -> None:
     tensors = list(model.buffers())
     assert len(tensors) == 2 and not list(model.parameters())
     assert sum(t.numel() for t in tensors) == 50 * 24 + 50
+
+
+def test_a_move_leaves_nothing_behind() -> None:
+    """Where it was, scales put together for one product would keep their memory."""
+    pair = [QuantizedWeight.from_weight(torch.randn(4, 16), "int8") for _ in range(2)]
+    together = joint._scales(pair)
+    assert torch.equal(together, torch.cat([weight.scale for weight in pair])) and joint._scales(pair) is together
+    pair[0].to("meta")
+    assert pair[0].joined_scales is None
 
 
 def test_a_deep_copy_has_its_own_storage() -> None:
