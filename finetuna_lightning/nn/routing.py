@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -324,7 +324,7 @@ def joint_parts(
         spans = [(name, start * each, stop * each) for name, start, stop in route.segments(x.shape[axis])]
     cut = tiling(spans, x.device)
     kept = None if route is None or x.device.type == "cpu" else _kept(bank, route)
-    key = (layers[0], len(layers), cut.names)
+    key = (ref(layers[0]), len(layers), cut.names)  # the layer itself has the bank, which then nobody could let go of
     if kept is not None and key in kept:
         return cut, _for_pass(kept[key], route), weights, biases
     deltas = joint.Kept([])

@@ -251,6 +251,13 @@ def test_nothing_stays_on_the_device_when_adapters_and_backbone_have_left() -> N
     assert len(reached) > 0 and all(t.device.type == "cpu" for t in reached)
 
 
+def test_a_bank_that_nobody_holds_leaves_with_its_backbone() -> None:
+    held: list[Any] = []
+    run("int8", watch=lambda bank: held.extend(map(weakref.ref, (bank, bank.backbone))))
+    gc.collect()
+    assert [own() is None for own in held] == [True, True]
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """All in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
