@@ -141,7 +141,7 @@ Entry = tuple[int, int, int, float]
 
 _TABLES: WeakKeyDictionary[LoRALinear, dict[Any, _Table]] = WeakKeyDictionary()
 """By the first delta of each: a table leaves the device with it."""
-_KEPT = 32
+_KEPT = 32  # tables of one delta, which has one for each company that it trains in
 _NONE: Entry = (0, 0, 0, 0.0)
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import equality, gpu, peers
 from benchmarks.common import TINY, SharedBackbone, joint_batches
 from benchmarks.ours import Settings, run
 from benchmarks.roofline import Kernel, part_of
 from benchmarks.workloads import RAGGED_RANKS, growing, tokens_of, workload
+from finetuna_lightning.nn.quantized import QuantizedWeight
 
 CPU = torch.device("cpu")
 QUICK = ["--tiny", "--adapters", "2", "--steps", "1", "--warmup", "1", "--tokens", "8"]
@@ -50,6 +53,27 @@ def test_batches_hold_the_lengths_that_a_workload_says() -> None:
     packed, padded = (joint_batches([step], 50, packed)[0] for packed in (True, False))
     assert packed["lengths"] == [5, 3, 4] and packed["rows"] == padded["rows"] == [2, 1]
     assert padded["attention_mask"].sum(1).tolist() == [5, 3, 4]
+
+
+def test_a_fit_ends_without_carrying_its_backbone_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[nn.Module] = []
+    move = QuantizedWeight._apply
+
+    def watched(own: QuantizedWeight, *given: Any) -> QuantizedWeight:
+        moved.append(own)
+        return move(own, *given)
+
+    class Ending(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            monkeypatch.setattr(QuantizedWeight, "_apply", watched)
+            self.backbone = pl_module.backbone
+
+    shared, ending = SharedBackbone(TINY, "int8", CPU), Ending()
+    run(shared, growing(2, 8), Settings(1, 1), [ending])
+    assert not moved
+    assert ending.backbone is shared.model()
+    shared.model().cpu()
+    assert moved  # it would have been seen
 
 
 def test_every_workload_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
