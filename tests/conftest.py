@@ -20,6 +20,7 @@ atexit.register(shutil.rmtree, _hub, ignore_errors=True)
 
 os.environ.update(
     HF_HOME=_hub,
+    FINETUNA_CACHE=os.path.join(_hub, "finetuna"),
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

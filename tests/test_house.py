@@ -25,6 +25,7 @@ HOUSE = """
     0  files.py
     0  quickstart/domains.py
     1  ops/reference.py
+    1  ops/native.py
     1  ops/cpu.py
     1  ops/cpu_rows.py
     1  ops/cpu_attention.py

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finetuna_lightning.ops import native
+
 LONGEST = 256  # tokens of a sequence: half of P is for nothing, which tells where they are longer
 PIECE_ELEMENTS = 1 << 21  # of P at a time
 
@@ -59,12 +61,11 @@ class _Causal(torch.autograd.Function):
             q, k, v = _flat(query[cut]), _flat(key[cut], shared), _flat(value[cut], shared)
             g, weights = _flat(grad[cut].transpose(1, 2)), _weights(q, k, mask, ctx.scale)
             slope = torch.bmm(g, v.transpose(1, 2))
-            slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype)
-            each = (
-                torch.baddbmm(q, slope, k, beta=0, alpha=ctx.scale),
-                torch.baddbmm(q, slope.transpose(1, 2), q, beta=0, alpha=ctx.scale),
-                torch.bmm(weights.transpose(1, 2), g),
-            )
+            if native.takes(slope, weights):
+                native.run("causal_softmax_backward", slope, weights, *slope.shape[:2], ctx.scale)
+            else:
+                slope = torch._softmax_backward_data(slope, weights, -1, slope.dtype).mul_(ctx.scale)
+            each = torch.bmm(slope, k), torch.bmm(slope.transpose(1, 2), q), torch.bmm(weights.transpose(1, 2), g)
             for into, part, times in zip(found, each, (1, shared, shared), strict=True):
                 part = part.view(-1, heads // times, times, tokens, size)
                 into[cut] = (part.sum(2) if times > 1 else part.squeeze(2)).transpose(1, 2)
@@ -77,7 +78,11 @@ def _mask(tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1)
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if native.takes(scores):
+        native.run("causal_softmax", scores, *scores.shape[:2], scale)
+        return scores
+    return torch.softmax(scores.mul_(scale).add_(mask), -1)
 
 
 def _pieces(batch: int, each: int) -> list[slice]:

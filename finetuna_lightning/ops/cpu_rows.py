@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from finetuna_lightning.ops import native
+
 PIECE_ELEMENTS = 1 << 18
 
 
@@ -28,6 +30,9 @@ def dequantize_rows_(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """Fill ``out`` [rows, columns] with ``codes * scale``, rounded once: codes int8, scale [rows] float32."""
     if out.dtype in (torch.float32, torch.float64):
         return out.copy_(codes).mul_(scale[:, None])
+    if native.takes(out) and codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous():
+        native.run("dequantize", codes, scale, out, *out.shape)
+        return out
     wide: Tensor | None = None
     for piece, own, into in pieces(codes, scale[:, None], out):
         if wide is None or wide.shape != piece.shape:
@@ -42,6 +47,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, rstd = torch.empty_like(x), torch.empty(x.shape[0], 1)
+        ctx.save_for_backward(x, weight, rstd)
+        if native.takes(x, weight, y):
+            native.run("rms_norm", x, weight, y, rstd, *x.shape, x.stride(0), eps)
+            return y
         for part, own, into in pieces(x, rstd, y):
             wide = part.float()
             torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=own)
@@ -50,14 +59,17 @@ class _RMSNorm(torch.autograd.Function):
                 torch.mul(wide, own, out=into).mul_(weight)
             else:
                 into.copy_(wide.mul_(own)).mul_(weight)
-        ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
-        out, wide_weight = torch.empty_like(x), weight.float()
+        out = torch.empty_like(x)
+        if native.takes(grad, x, weight, out):
+            native.run("rms_norm_backward", grad, x, weight, rstd, out, *x.shape, grad.stride(0), x.stride(0))
+            return out, None, None
+        wide_weight = weight.float()
         for part, own_grad, own, into in pieces(x, grad, rstd, out):
             # operands of one type: torch is many times slower where it has to convert one
             wide, slope = part.float(), own_grad.float()
@@ -76,6 +88,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def swiglu(both: Tensor) -> Tensor:
     """``silu(gate) * up`` [rows, f] of ``both`` [rows, 2 f], gate and up side by side."""
     out = torch.empty(both.shape[0], both.shape[1] // 2, dtype=both.dtype)
+    if native.takes(both):
+        native.run("swiglu", both, out, *out.shape, both.stride(0))
+        return out
     for into, gate, up in pieces(out, *both.chunk(2, 1)):
         torch.mul(F.silu(gate), up, out=into)
     return out
@@ -84,7 +99,10 @@ def swiglu(both: Tensor) -> Tensor:
 def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``both`` from ``grad``, that of ``silu(gate) * up`` [rows, f]; and, written over ``grad``,
     ``silu(gate) * up`` again."""
-    out = torch.empty_like(both)
+    out = torch.empty(both.shape, dtype=both.dtype)
+    if native.takes(both) and grad.is_contiguous():
+        native.run("swiglu_backward", grad, both, out, *grad.shape, both.stride(0))
+        return out, grad
     for own, gate, up, of_gate, of_up in pieces(grad, *both.chunk(2, 1), *out.chunk(2, 1)):
         opened = F.silu(gate)
         torch.ops.aten.silu_backward.grad_input(own * up, gate, grad_input=of_gate)
@@ -96,6 +114,9 @@ def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tensor:
     """The rotary embedding ``x cos + rotate_half(x) sin`` of heads [T, H, size], in place; cos and sin [T, size].
     ``backward``: of the gradient instead."""
+    if native.takes(heads, cos, sin) and heads.stride(1) == heads.shape[2]:
+        native.run("rotate", heads, cos, sin, *heads.shape, heads.stride(0), cos.stride(0), sin.stride(0), backward)
+        return heads
     tables = sin[:, None].chunk(2, -1)
     for_first, for_second = tables[::-1] if backward else tables
     sign = 1 if backward else -1

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetuna_lightning.ops import cpu_rows, reference
+from finetuna_lightning.ops import cpu_rows, native, reference
 from finetuna_lightning.ops.library import has_joint_kernels, has_triton
 from finetuna_lightning.ops.tiling import tiling
 
@@ -55,12 +55,20 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: boo
         logits: [rows, V]; without ``gradient`` left as they are, or not, as is cheaper.
         labels: [rows] int64, below V, or ``IGNORED``: such a row has loss 0 and gradient 0, whatever its logits are.
         losses: [rows], float32, or float64 for float64 logits.
+
+    Raises:
+        IndexError: on the CPU, for a label that is neither.
     """
     if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
         from finetuna_lightning.ops.kernels import loss as kernel
 
         with torch.cuda.device_of(logits):  # Triton launches on the current one
             kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
+    elif native.takes(logits) and labels.is_contiguous() and losses.is_contiguous():
+        wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= logits.shape[1])]
+        if len(wrong):
+            raise IndexError(f"label {int(wrong[0])}: labels are {IGNORED}, or 0 to {logits.shape[1] - 1}")
+        native.run("cross_entropy", logits, labels, losses, *logits.shape, logits.stride(0), IGNORED, gradient)
     else:
         _cross_entropy_(logits, labels, losses, gradient)
 
@@ -93,10 +101,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(labels.shape, dtype=wide, device=hidden.device)
         slopes = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if gradient else None
+        logits = _room(hidden, min(chunk, max(parts, default=0)), weight.shape[0])
         stop = 0
         for size in parts:
             cut, stop = slice(stop, stop + size), stop + size
-            own = hidden[cut], labels[cut], weight, bias, chunk, losses[cut], None if slopes is None else slopes[cut]
+            own = hidden[cut], labels[cut], weight, bias, logits, losses[cut], None if slopes is None else slopes[cut]
             if on_host(hidden):
                 _counted_rows(*own)
             else:
@@ -118,31 +127,35 @@ def rows_that_count(labels: Tensor) -> Tensor:
     return (labels != IGNORED).nonzero().squeeze(1)
 
 
-def _counted_rows(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, chunk: int,
+def _room(hidden: Tensor, rows: int, vocabulary: int) -> Tensor:
+    """For the logits of a chunk, which are written over by those of the next."""
+    # on a GPU each row begins at a multiple of 16 bytes, or matrix units and loads go at a fraction of their speed
+    width = -(-vocabulary // 16) * 16 if hidden.is_cuda else vocabulary
+    return hidden.new_empty(rows, width)[:, :vocabulary]
+
+
+def _counted_rows(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor,
                   losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
     """``_by_chunk`` of the rows that count alone: only the host's own memory can be asked which without a wait."""
     rows = rows_that_count(labels)
     if len(rows) == len(labels):
-        _by_chunk(hidden, labels, weight, bias, chunk, losses, slopes)
+        _by_chunk(hidden, labels, weight, bias, room, losses, slopes)
         return
     some, some_slopes = losses[rows], None if slopes is None else slopes[rows]
-    _by_chunk(hidden[rows], labels[rows], weight, bias, chunk, some, some_slopes)
+    _by_chunk(hidden[rows], labels[rows], weight, bias, room, some, some_slopes)
     losses.zero_()[rows] = some
     if slopes is not None and some_slopes is not None:
         slopes.zero_()[rows] = some_slopes
 
 
-def _by_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, chunk: int,
+def _by_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor,
               losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
-    """Fill ``losses`` and ``slopes``, chunk by chunk."""
-    count, vocabulary = len(labels), weight.shape[0]
+    """Fill ``losses`` and ``slopes``, chunk by chunk of as many tokens as ``room`` has rows."""
+    count, chunk = len(labels), len(room)
     multiply = _tiled_product if _takes_tiles(hidden, weight) else _product
-    # on a GPU each row begins at a multiple of 16 bytes, or matrix units and loads go at a fraction of their speed
-    width = -(-vocabulary // 16) * 16 if hidden.is_cuda else vocabulary
-    buffer = hidden.new_empty(min(chunk, count), width)[:, :vocabulary]
-    for first in range(0, count, chunk):
+    for first in range(0, count, max(chunk, 1)):
         cut = slice(first, min(first + chunk, count))
-        logits = buffer[: cut.stop - cut.start]
+        logits = room[: cut.stop - cut.start]
         multiply(hidden[cut], weight, logits, bias, False)
         cross_entropy_(logits, labels[cut], losses[cut], slopes is not None)
         if slopes is not None:

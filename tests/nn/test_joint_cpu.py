@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedWeight
+from tests.helpers import native as helper
 
 WIDTH, OUTPUTS, SIZE = 24, (16, 16, 8), 8  # two heads of q and k, one of v
 SPANS = [(0, 6, 0), (6, 12, 1), (12, 18, 2), (18, 23, 0), (23, 24, 3), (24, 30, 1)]
@@ -23,9 +24,10 @@ TOLERANCE |= {("int8", dtype): 0.04 for dtype in (torch.float32, torch.bfloat16)
 forms = pytest.mark.parametrize(("compute", "dtype"), list(TOLERANCE))
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, params=helper.WAYS)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pieces and products of a few rows; whatever is allocated and not written is NaN."""
+    helper.take(request.param, monkeypatch)
     monkeypatch.setattr(joint_cpu, "CUT_ROWS", 12)
     monkeypatch.setattr(joint_cpu, "PIECE_ROWS", 5)
     monkeypatch.setattr(joint_cpu, "WIDE_ROWS", 7)

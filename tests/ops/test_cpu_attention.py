@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuna_lightning.ops import cpu_attention
+from tests.helpers import native as helper
 
 TOLERANCE = 0.01  # of the norm: scores, weights and results are rounded to 8 bits; torch's own is 0.003 to 0.005 off
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=helper.WAYS)
+def poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    helper.take(request.param, monkeypatch)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

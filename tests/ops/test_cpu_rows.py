@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuna_lightning.ops import cpu_rows, reference
+from tests.helpers import native as helper
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # of the norm: a few roundings of 24 and of 8 bits
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@pytest.fixture(autouse=True)
-def poisoned_small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, params=helper.WAYS)
+def poisoned_small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pieces of a few rows, the last one short; what is not written is NaN."""
+    helper.take(request.param, monkeypatch)
     monkeypatch.setattr(cpu_rows, "PIECE_ELEMENTS", 3 * 24)
     torch.use_deterministic_algorithms(True)
     yield
