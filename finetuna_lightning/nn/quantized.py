@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuna_lightning.ops import reference
-from finetuna_lightning.ops.library import quantized_linear
+from finetuna_lightning.ops.library import quantized_linear, read_out
 
 
 class QuantizedWeight(nn.Module):
@@ -62,7 +62,7 @@ class QuantizedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [rows, columns] in ``dtype``."""
-        return reference.dequantize(self.codes, self.scale, self.scheme, self.block_size, dtype or self.dtype)
+        return read_out(self.codes, self.scale, self.scheme, self.block_size, dtype or self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [...]: [..., columns]."""

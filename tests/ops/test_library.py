@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from finetuna_lightning.ops import library, reference
 from finetuna_lightning.ops.library import quantized_linear
+from tests.helpers import native as helper
 
 SCHEMES = ("int8", "int8-blockwise", "fp8")
 SHAPES = [((4, 53), 37), ((53,), 37), ((2, 3, 64), 1), ((0, 16), 8), ((5, 1), 3), ((2, 1, 2, 70), 33)]
@@ -91,6 +92,23 @@ def test_every_element_of_every_buffer_is_written(scheme: str, poisoned_memory: 
     assert bool(((values - random(7, 13, seed=1)).abs() < 0.15).all())
 
 
+@pytest.mark.parametrize("way", helper.WAYS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_bit_is_the_reference_s(
+    dtype: torch.dtype, scheme: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper.take(way, monkeypatch)
+    codes, scale, options = stored(37, 70, scheme)
+    x, bias, grad = random(5, 70, dtype=dtype).requires_grad_(), random(37, dtype=dtype), random(5, 37, dtype=dtype)
+    y = quantized_linear(x, codes, scale, bias, **options)
+    y.backward(grad)
+    assert torch.equal(y, reference.linear(x, codes, scale, bias, scheme, 64)) and x.grad is not None
+    assert torch.equal(x.grad, reference.linear_backward(grad, codes, scale, scheme, 64))
+    got = library.read_out(codes, scale, scheme, 64, dtype)
+    assert torch.equal(got, reference.dequantize(codes, scale, scheme, 64, dtype))
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # which also fills what torch.empty gives
@@ -102,14 +120,14 @@ def poisoned_memory() -> Iterator[None]:
 def test_only_the_gradients_asked_for_are_computed(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scale, options = stored(6, 9, scheme)
     calls: list[int] = []
-    inner = reference.linear_backward
-    monkeypatch.setattr(reference, "linear_backward", lambda *args: calls.append(1) or inner(*args))
+    inner = library.read_out
+    monkeypatch.setattr(library, "read_out", lambda *args: calls.append(1) or inner(*args))
     bias = random(6).requires_grad_()
     quantized_linear(random(3, 9), codes, scale, bias, **options).sum().backward()
-    assert not calls and bias.grad is not None and torch.equal(bias.grad, torch.full((6,), 3.0, dtype=torch.float64))
+    assert calls == [1] and bias.grad is not None and torch.equal(bias.grad, torch.full((6,), 3.0, dtype=torch.float64))
     x, frozen = random(3, 9).requires_grad_(), random(6)
     quantized_linear(x, codes, scale, frozen, **options).sum().backward()
-    assert calls == [1] and x.grad is not None and frozen.grad is None
+    assert calls == [1, 1, 1] and x.grad is not None and frozen.grad is None
     assert not quantized_linear(random(3, 9), codes, scale, frozen, **options).requires_grad
 
 
@@ -133,8 +151,8 @@ def test_autocast_reads_the_weight_out_in_its_own_type(monkeypatch: pytest.Monke
     """And not in the 32 bits of what comes in, to be cast down by the product."""
     codes, scale, options = stored(6, 9, "int8")
     types: list[torch.dtype] = []
-    inner = reference.dequantize
-    monkeypatch.setattr(reference, "dequantize", lambda *args: types.append(args[-1]) or inner(*args))
+    inner = library.read_out
+    monkeypatch.setattr(library, "read_out", lambda *args: types.append(args[-1]) or inner(*args))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         quantized_linear(
             random(3, 9, dtype=torch.float32).requires_grad_(), codes, scale, None, **options
