@@ -79,7 +79,7 @@ def _mask(tokens: int, dtype: torch.dtype) -> Tensor:
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     scores = torch.bmm(q, k.transpose(1, 2))
-    if native.takes(scores):
+    if scale > 0 and native.takes(scores):
         native.run("causal_softmax", scores, *scores.shape[:2], scale)
         return scores
     return torch.softmax(scores.mul_(scale).add_(mask), -1)

@@ -30,7 +30,8 @@ def dequantize_rows_(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """Fill ``out`` [rows, columns] with ``codes * scale``, rounded once: codes int8, scale [rows] float32."""
     if out.dtype in (torch.float32, torch.float64):
         return out.copy_(codes).mul_(scale[:, None])
-    if native.takes(out) and codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous():
+    stored = native.takes(out) and native.holds(codes, torch.int8, out.shape)
+    if stored and native.holds(scale, torch.float32, out.shape[:1]) and out.dim() == 2 and out.is_contiguous():
         native.run("dequantize", codes, scale, out, *out.shape)
         return out
     wide: Tensor | None = None
@@ -48,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, rstd = torch.empty_like(x), torch.empty(x.shape[0], 1)
         ctx.save_for_backward(x, weight, rstd)
-        if native.takes(x, weight, y):
+        if weight.shape == x.shape[1:] and x.dim() == 2 and native.takes(x, weight, y):
             native.run("rms_norm", x, weight, y, rstd, *x.shape, x.stride(0), eps)
             return y
         for part, own, into in pieces(x, rstd, y):
@@ -66,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         out = torch.empty_like(x)
-        if native.takes(grad, x, weight, out):
+        if weight.shape == x.shape[1:] and x.dim() == 2 and native.takes(grad, x, weight, out):
             native.run("rms_norm_backward", grad, x, weight, rstd, out, *x.shape, grad.stride(0), x.stride(0))
             return out, None, None
         wide_weight = weight.float()
@@ -88,7 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def swiglu(both: Tensor) -> Tensor:
     """``silu(gate) * up`` [rows, f] of ``both`` [rows, 2 f], gate and up side by side."""
     out = torch.empty(both.shape[0], both.shape[1] // 2, dtype=both.dtype)
-    if native.takes(both):
+    if both.dim() == 2 and native.takes(both):
         native.run("swiglu", both, out, *out.shape, both.stride(0))
         return out
     for into, gate, up in pieces(out, *both.chunk(2, 1)):
@@ -100,7 +101,7 @@ def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``both`` from ``grad``, that of ``silu(gate) * up`` [rows, f]; and, written over ``grad``,
     ``silu(gate) * up`` again."""
     out = torch.empty(both.shape, dtype=both.dtype)
-    if native.takes(both) and grad.is_contiguous():
+    if both.dim() == 2 and native.takes(both, grad) and grad.is_contiguous():
         native.run("swiglu_backward", grad, both, out, *grad.shape, both.stride(0))
         return out, grad
     for own, gate, up, of_gate, of_up in pieces(grad, *both.chunk(2, 1), *out.chunk(2, 1)):
@@ -114,7 +115,9 @@ def swiglu_backward_(grad: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tensor:
     """The rotary embedding ``x cos + rotate_half(x) sin`` of heads [T, H, size], in place; cos and sin [T, size].
     ``backward``: of the gradient instead."""
-    if native.takes(heads, cos, sin) and heads.stride(1) == heads.shape[2]:
+    size = heads.shape[2]
+    fit = cos.shape == sin.shape == (heads.shape[0], size) and size % 2 == 0 and heads.stride(1) == size
+    if fit and native.takes(heads, cos, sin):
         native.run("rotate", heads, cos, sin, *heads.shape, heads.stride(0), cos.stride(0), sin.stride(0), backward)
         return heads
     tables = sin[:, None].chunk(2, -1)

@@ -57,20 +57,27 @@ def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: boo
         losses: [rows], float32, or float64 for float64 logits.
 
     Raises:
-        IndexError: on the CPU, for a label that is neither.
+        IndexError: by the CPU's own kernel, for a label that is neither.
     """
     if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
         from finetuna_lightning.ops.kernels import loss as kernel
 
         with torch.cuda.device_of(logits):  # Triton launches on the current one
             kernel.cross_entropy_(logits, labels, losses, IGNORED, gradient)
-    elif native.takes(logits) and labels.is_contiguous() and losses.is_contiguous():
+    elif _has_kernel(logits, labels, losses):
         wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= logits.shape[1])]
         if len(wrong):
             raise IndexError(f"label {int(wrong[0])}: labels are {IGNORED}, or 0 to {logits.shape[1] - 1}")
         native.run("cross_entropy", logits, labels, losses, *logits.shape, logits.stride(0), IGNORED, gradient)
     else:
         _cross_entropy_(logits, labels, losses, gradient)
+
+
+def _has_kernel(logits: Tensor, labels: Tensor, losses: Tensor) -> bool:
+    if not native.takes(logits):
+        return False
+    rows = logits.shape[:1]
+    return native.holds(labels, torch.int64, rows) and native.holds(losses, torch.float32, rows)
 
 
 def _cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:

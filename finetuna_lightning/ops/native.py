@@ -1,13 +1,13 @@
 """The CPU's own kernels, ``kernels/rows.cpp``: compiled where they run, by the machine's g++ for its own vector units,
 in a second, and kept in ``~/.cache/finetuna_lightning`` for later processes.
 
-They are plain C functions over addresses, so that no header of Python's or torch's is needed and a call costs two
+They are plain C functions over addresses, so that no header of Python's or torch's is needed and a call costs some
 microseconds. OpenMP's functions are left open when they are linked, and found in the runtime that torch has loaded for
 the whole process: with a second one, two pools of threads would wait for work on the same cores.
 
 Where they cannot be had, plain torch computes the same in more passes, and it is said once. Environment variables:
 ``FINETUNA_CPU_KERNELS=0`` leaves them out, ``FINETUNA_CACHE`` is another folder to keep them in, ``CXX`` another
-compiler."""
+GCC (clang asks for an OpenMP runtime of its own)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,33 @@ class _Unavailable(Exception):
     """Why there are no kernels, in words."""
 
 
+# besides: no such file, a variable that is no command line, a compiler that hangs, a library of something else
+_FAILURES = (_Unavailable, OSError, ValueError, subprocess.SubprocessError, AttributeError)
+
+
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels compute with ``tensors``: of a CPU, in bfloat16, with values, their last axis contiguous."""
+    """Whether the kernels compute with ``tensors``: bfloat16 of a CPU, the last axis contiguous, no gradient recorded.
+    Not where operations are watched (traced, counted, on tensors without values): a kernel is none."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    plain = all(_plain(t, torch.bfloat16) and t.dim() and t.stride(-1) == 1 for t in tensors)
+    return plain and not recorded and available()
+
+
+def holds(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether ``tensor`` is of that type and shape, contiguous, in the CPU's memory."""
+    return _plain(tensor, dtype) and tensor.shape == tuple(shape) and tensor.is_contiguous()
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether its values stand at its address."""
     return (
-        not torch.compiler.is_compiling()
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.device.type == "cpu"
-            and t.dtype == torch.bfloat16
-            and t.stride(-1) == 1
-            for t in tensors
-        )
-        and available()
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and not (tensor.is_neg() or tensor._is_zerotensor() or torch._is_functional_tensor(tensor))
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
@@ -82,33 +97,48 @@ def available() -> bool:
     return _kernels() is not None
 
 
-@cache
+_looked = list[ctypes.CDLL | None]()  # what the first look found
+_lock = threading.Lock()
+
+
 def _kernels() -> ctypes.CDLL | None:
+    if not _looked:
+        with _lock:
+            library, obstacle = (_looked[0], "") if _looked else _look()
+            _looked.append(library)
+        if obstacle:
+            warnings.warn(f"the CPU's own kernels are left out, plain torch takes longer: {obstacle}", stacklevel=4)
+    return _looked[0]
+
+
+def _look() -> tuple[ctypes.CDLL | None, str]:
+    """The kernels, or why there are none; both empty where nobody wants them."""
     if os.environ.get("FINETUNA_CPU_KERNELS", "") == "0":
-        return None
+        return None, ""
     try:
-        return _found()
-    except (_Unavailable, OSError) as error:
-        warnings.warn(f"the CPU's own kernels are left out, plain torch takes longer: {error}", stacklevel=4)
-        return None
+        return _found(), ""
+    except _FAILURES as error:
+        return None, str(error) or type(error).__name__
 
 
 def _found() -> ctypes.CDLL:
     compiler = _compiler()
-    kept = _cache_folder() / f"rows-{_key(compiler)}.so"
-    if kept.is_file() and kept.stat().st_uid == os.getuid():
+    folder, name = _cache_folder(), f"rows-{_key(compiler)}.so"
+    kept = None if folder is None else folder / name
+    if kept is not None and kept.is_file() and kept.stat().st_uid == os.getuid():
         try:
             return _loaded(kept)
-        except (_Unavailable, OSError):
+        except _FAILURES:
             pass  # of another time, or another machine: made anew
-    with tempfile.TemporaryDirectory(prefix="finetuna-") as folder:
-        made = _compiled(compiler, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="finetuna-") as scratch:
+        made = _compiled(compiler, Path(scratch))
         library = _loaded(made)
-        try:
-            with replacing_file(kept) as beside:
-                shutil.copy(made, beside)
-        except OSError:
-            pass  # the next process compiles it again
+        if kept is not None:
+            try:
+                with replacing_file(kept) as beside:
+                    shutil.copy(made, beside)
+            except OSError:
+                pass  # the next process compiles it again
     return library
 
 
@@ -122,9 +152,10 @@ def _compiler() -> list[str]:
     return found
 
 
-def _cache_folder() -> Path:
+def _cache_folder() -> Path | None:
     own, everyone = os.environ.get("FINETUNA_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(everyone or os.path.expanduser("~/.cache")) / "finetuna_lightning"
+    folder = own or os.path.join(everyone or os.path.expanduser("~/.cache"), "finetuna_lightning")
+    return None if folder.startswith("~") else Path(folder).absolute()  # a user without a home keeps nothing
 
 
 def _key(compiler: Sequence[str]) -> str:
@@ -134,7 +165,8 @@ def _key(compiler: Sequence[str]) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_PATIENCE, check=False).stdout
-    parts = (_SOURCE.read_bytes(), version, features.encode(), platform.machine().encode(), repr(_COMPILE).encode())
+    command = repr((*compiler, platform.machine(), *_COMPILE)).encode()
+    parts = (_SOURCE.read_bytes(), version, features.encode(), command)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -144,11 +176,12 @@ def _compiled(compiler: Sequence[str], folder: Path) -> Path:
     for arguments in steps:
         command = [*compiler, *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+            done = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=False)
         except subprocess.TimeoutExpired as error:
             raise _Unavailable(f"{compiler[0]} took more than {_PATIENCE} s") from error
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
+            said = done.stderr.decode(errors="replace").splitlines()
+            lines = [line for line in said if "error" in line] or [f"status {done.returncode}"]
             raise _Unavailable(f"{compiler[0]} failed: {lines[0]}")
     return library
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuna_lightning.configs import AdapterConfig
-from finetuna_lightning.ops import loss, reference
+from finetuna_lightning.ops import library, loss, reference
 from finetuna_lightning.ops.library import has_joint_kernels
 from finetuna_lightning.ops.loss import IGNORED, linear_cross_entropy
 from finetuna_lightning.training.head import HeadInput
@@ -159,7 +159,7 @@ def test_a_step_is_that_of_the_logits(dtype: torch.dtype) -> None:
 def test_the_head_is_read_out_as_the_reference_reads_it(dtype: torch.dtype) -> None:
     codes, scale = reference.quantize(torch.randn(101, 80, device="cuda"), "int8")
     wanted = reference.dequantize(codes, scale, "int8", 64, dtype)
-    assert torch.equal(loss._read_out(codes, scale, "int8", 64, dtype), wanted)
+    assert torch.equal(library.read_out(codes, scale, "int8", 64, dtype), wanted)
 
 
 @pytest.mark.skipif(

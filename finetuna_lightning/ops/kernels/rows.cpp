@@ -1,12 +1,12 @@
 // What stands between the products of a decoder layer, on a CPU: each chain of elementwise steps in one pass over a row,
 // in float32, rounded to bfloat16 once. A row's result depends on nothing but the row.
 //
-// Compiled by ops/native.py, by g++ or clang++. Columns of a row are contiguous; strides are in elements.
+// Compiled by ops/native.py, by g++. Columns of a row are contiguous; strides are in elements.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #endif
 
@@ -40,8 +40,8 @@ inline Halves narrow(Floats x) {  // to nearest, ties to even; a NaN stays one
     return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
 }
 
-// e^x to 2 units in the last place (the polynomial of Cephes' expf): 2^n e^r with |r| <= ln 2 / 2. Below 2^-126 it is 0;
-// a NaN stays one.
+// e^x to 2 units in the last place (the polynomial of Cephes' expf): 2^n e^r with |r| <= ln 2 / 2. For x below -87 it is
+// 0, above 88 infinite, which is next to the ends of float32; a NaN stays one.
 inline Floats exponential(Floats x) {
     Floats kept = x > 88.0f ? all(88.0f) : x;
     kept = kept < -87.0f ? all(-87.0f) : kept;
@@ -90,7 +90,7 @@ struct Whole {
 // The last of them, of which there are fewer; `fill` stands in place of those that are not there.
 struct Part {
     int64_t count;
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
     __mmask16 mask() const { return __mmask16((1u << count) - 1); }
     Floats load(const bfloat16* at, float fill = 0) const {
         return Floats(_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask(),
@@ -260,7 +260,7 @@ void cross_entropy(bfloat16* logits, const int64_t* labels, float* losses, int64
     });
 }
 
-// P = softmax(scale * scores) of [matrices, tokens, tokens], in place: of each row up to its own column, 0 beyond.
+// P = softmax(scale * scores), scale > 0, of [matrices, tokens, tokens], in place: of each row up to its own column, 0 beyond.
 void causal_softmax(bfloat16* scores, int64_t matrices, int64_t tokens, float scale, int threads) {
     each_row(matrices * tokens, tokens, threads, [=](int64_t i) {
         bfloat16* own = scores + i * tokens;
