@@ -272,6 +272,19 @@ def test_every_package_is_listed_in_setup_cfg() -> None:
     assert set(setup_cfg()["options"]["packages"].split()) == expected
 
 
+def test_every_file_that_is_no_module_is_packaged() -> None:
+    """A wheel without one of them would install, and miss it where it runs."""
+    kept: set[Path] = set()
+    for package, patterns in setup_cfg()["options.package_data"].items():
+        folder = PACKAGE.joinpath(*package.split(".")[1:])
+        kept |= {path for pattern in patterns.split() for path in folder.glob(pattern)}
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    files = {
+        path for path in files if path.relative_to(PACKAGE).parts[0] != "conf"
+    }  # a link to conf/, of its own package
+    assert not files - kept
+
+
 def test_the_public_names_are_those_in_all() -> None:
     names = finetuna_lightning.__all__
     assert len(names) == len(set(names))

@@ -30,7 +30,7 @@ from finetuna_lightning.nn import joint_cpu
 from finetuna_lightning.nn.gradients import Gradients
 from finetuna_lightning.nn.lora import LoRALinear
 from finetuna_lightning.nn.quantized import QuantizedWeight
-from finetuna_lightning.ops import cpu_rows, reference
+from finetuna_lightning.ops import cpu_rows
 from finetuna_lightning.ops.library import has_joint_kernels
 from finetuna_lightning.ops.tiling import Tiling
 
@@ -229,26 +229,18 @@ def _operand(x: Tensor, compute: str, column_scale: Tensor | None = None) -> _Op
     return _Operand(*rows.quantize(x, column_scale)) if compute == "int8" else _Operand(x)
 
 
-def _read_out(q: QuantizedWeight, out: Tensor) -> Tensor:
-    from finetuna_lightning.ops.kernels import rows
-
-    if q.scheme == "int8":
-        return rows.dequantize(q.codes, q.scale, out)
-    return out.copy_(reference.dequantize(q.codes, q.scale, q.scheme, q.block_size, out.dtype))
-
-
 def _forward(
     x: _Operand, q: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, tiles: Tensor,
     delta: tuple[Tensor | None, Tensor | None], residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     from finetuna_lightning.ops.kernels.gemm import gemm
 
-    outputs, inputs = q.shape
+    outputs = q.shape[0]
     out = torch.empty(x.values.shape[0], outputs, dtype=dtype, device=x.values.device)
     if x.scale is not None:
         weight, column_scale = q.codes, q.scale
     else:
-        weight, column_scale = _read_out(q, torch.empty(outputs, inputs, dtype=dtype, device=out.device)), None
+        weight, column_scale = q.dequantize(dtype), None
     return gemm(
         x.values, weight, out, tiles, row_scale=x.scale, column_scale=column_scale, bias=bias, residual=residual,
         low=delta[0], matrices=delta[1],
@@ -272,7 +264,7 @@ def _backward(
     if grad.scale is None:
         scratch = torch.empty(outputs, inputs, dtype=dtype, device=device)
         for q in weights:
-            _read_out(q, scratch[start : start + q.shape[0]])
+            q.dequantize(out=scratch[start : start + q.shape[0]])
             start += q.shape[0]
         return gemm(grad.values, scratch, out, tiles, low=low, matrices=matrices, b_is_kn=True)
     turned = rows.transpose([q.codes for q in weights])

@@ -244,11 +244,7 @@ def _read_out(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> Tensor:
     """The layers' weights, one below another, in scratch: [sum of N, d]."""
     scratch, start = torch.empty(sum(q.shape[0] for q in weights), weights[0].shape[1], dtype=dtype), 0
     for q in weights:
-        into = scratch[start : start + q.shape[0]]
-        if q.scheme == "int8":
-            cpu_rows.dequantize_rows_(q.codes, q.scale.view(-1), into)
-        else:
-            into.copy_(q.dequantize(dtype))
+        q.dequantize(out=scratch[start : start + q.shape[0]])
         start += q.shape[0]
     return scratch
 

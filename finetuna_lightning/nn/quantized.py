@@ -60,9 +60,10 @@ class QuantizedWeight(nn.Module):
         """(rows, columns)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix [rows, columns] in ``dtype``."""
-        return read_out(self.codes, self.scale, self.scheme, self.block_size, dtype or self.dtype)
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """The matrix [rows, columns] in ``dtype``, or in ``out``, which is then filled."""
+        dtype = out.dtype if out is not None else dtype or self.dtype
+        return read_out(self.codes, self.scale, self.scheme, self.block_size, dtype, out)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [...]: [..., columns]."""

@@ -1,8 +1,10 @@
-"""What stands between the products of a decoder layer, on the CPU: read-out of 8-bit rows, RMSNorm, SwiGLU.
+"""What stands between the products of a decoder layer, on the CPU: read-out of 8-bit rows, RMSNorm, SwiGLU, rotary
+embedding.
 
-A chain of plain torch operations over a whole matrix writes and reads each of its steps through memory; here a chain is
-done over a piece of rows at a time, whose steps stay in the second-level cache. Everything goes row by row, so that a
-row's result is the same bits whatever other rows there are."""
+In bfloat16 a kernel of ours does each chain in one pass a row (see ``ops.native``). In other types, and where there is
+no kernel, plain torch does: over a piece of rows at a time, whose steps stay in the second-level cache, where over a
+whole matrix each would be written and read through memory. Everything goes row by row, so that a row's result is the
+same bits whatever other rows there are."""
 
 from __future__ import annotations
 

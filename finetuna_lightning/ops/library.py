@@ -19,17 +19,23 @@ from finetuna_lightning.ops import cpu, cpu_rows, reference
 from finetuna_lightning.ops.tiling import tiling
 
 
-def read_out(codes: Tensor, scale: Tensor, scheme: str, block_size: int, dtype: torch.dtype) -> Tensor:
-    """The bits of ``reference.dequantize``; of int8, in one pass where torch takes several times as long."""
+def read_out(
+    codes: Tensor, scale: Tensor, scheme: str, block_size: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The bits of ``reference.dequantize``, in ``out`` [rows, columns] where that is given; of int8, in one pass where
+    torch takes several times as long."""
     if scheme == "int8" and not torch.compiler.is_compiling():
-        if codes.device.type == "cpu":
-            return cpu_rows.dequantize_rows_(codes, scale, torch.empty(codes.shape, dtype=dtype))
-        if dtype in (torch.bfloat16, torch.float16) and has_triton(codes.device):
+        on_gpu = dtype in (torch.bfloat16, torch.float16) and has_triton(codes.device)
+        if on_gpu or codes.device.type == "cpu":
+            into = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
+            if not on_gpu:
+                return cpu_rows.dequantize_rows_(codes, scale, into)
             from finetuna_lightning.ops.kernels import rows
 
             with torch.cuda.device_of(codes):  # Triton launches on the current one
-                return rows.dequantize(codes, scale, torch.empty(codes.shape, dtype=dtype, device=codes.device))
-    return reference.dequantize(codes, scale, scheme, block_size, dtype)
+                return rows.dequantize(codes, scale, into)
+    matrix = reference.dequantize(codes, scale, scheme, block_size, dtype)
+    return matrix if out is None else out.copy_(matrix)
 
 
 class _QuantizedLinear(torch.autograd.Function):

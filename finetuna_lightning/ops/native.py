@@ -103,9 +103,11 @@ _lock = threading.Lock()
 
 def _kernels() -> ctypes.CDLL | None:
     if not _looked:
+        obstacle = ""
         with _lock:
-            library, obstacle = (_looked[0], "") if _looked else _look()
-            _looked.append(library)
+            if not _looked:  # another thread may have, meanwhile
+                library, obstacle = _look()
+                _looked.append(library)
         if obstacle:
             warnings.warn(f"the CPU's own kernels are left out, plain torch takes longer: {obstacle}", stacklevel=4)
     return _looked[0]
