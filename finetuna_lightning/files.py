@@ -1,4 +1,5 @@
-"""Writing files and folders so that a process killed at any moment leaves the old state or the new one, whole."""
+"""Writing files and folders so that a process killed at any moment leaves the old state or the new one, whole; and the
+folder of what can be made again."""
 
 from __future__ import annotations
 
@@ -11,6 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def cache_folder() -> Path | None:
+    """Where kernels are kept that were compiled on this machine: ``FINETUNA_CACHE``, or the user's own cache."""
+    own, everyone = os.environ.get("FINETUNA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    folder = own or os.path.join(everyone or os.path.expanduser("~/.cache"), "finetuna_lightning")
+    return None if folder.startswith("~") else Path(folder).absolute()  # a user without a home keeps nothing
 
 
 def _sync(path: Path) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetuna_lightning.files import replacing_file
+from finetuna_lightning.files import cache_folder, replacing_file
 
 _SOURCE = Path(__file__).parent / "kernels" / "rows.cpp"
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-fopenmp", "-fPIC", "-c")
@@ -125,7 +125,7 @@ def _look() -> tuple[ctypes.CDLL | None, str]:
 
 def _found() -> ctypes.CDLL:
     compiler = _compiler()
-    folder, name = _cache_folder(), f"rows-{_key(compiler)}.so"
+    folder, name = cache_folder(), f"rows-{_key(compiler)}.so"
     kept = None if folder is None else folder / name
     if kept is not None and kept.is_file() and kept.stat().st_uid == os.getuid():
         try:
@@ -152,12 +152,6 @@ def _compiler() -> list[str]:
     if not found or shutil.which(found[0]) is None:
         raise _Unavailable(f"no C++ compiler: {named or ' and '.join(_COMPILERS)} not found")
     return found
-
-
-def _cache_folder() -> Path | None:
-    own, everyone = os.environ.get("FINETUNA_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = own or os.path.join(everyone or os.path.expanduser("~/.cache"), "finetuna_lightning")
-    return None if folder.startswith("~") else Path(folder).absolute()  # a user without a home keeps nothing
 
 
 def _key(compiler: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetuna_lightning.files import cache_folder
 from finetuna_lightning.ops import cpu_attention, cpu_rows, library, loss, native
 from tests.helpers import native as helper
 
@@ -312,9 +313,9 @@ def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("FINETUNA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert native._cache_folder() is None
+    assert cache_folder() is None
     monkeypatch.setenv("FINETUNA_CACHE", ".")
-    assert native._cache_folder() == Path.cwd()
+    assert cache_folder() == Path.cwd()
 
 
 @with_kernels

@@ -7,8 +7,9 @@ a neighbour's NaN is never multiplied, and company changes nothing.
 Shapes: M rows, N columns, K summed over; n adapters, C low-rank columns (of one layer, or of several side by side,
 whose deltas are then added up, as shared inputs add up their gradients).
 
-The loop over K is the plain Hopper form: operands through the bulk copy engine (TMA), ``num_stages`` tiles in flight.
-Eight-bit matrix units want both operands contiguous along K, so that a backward pass transposes the codes first."""
+On Hopper GPUs the kernel is ``hopper.cu``, elsewhere Triton's below, whose loop over K is the plain form: operands
+through the bulk copy engine (TMA) where there is one, ``num_stages`` tiles in flight. Eight-bit matrix units want both
+operands contiguous along K, so that a backward pass transposes the codes first."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finetuna_lightning.ops.kernels import hopper
 from finetuna_lightning.ops.kernels.launch import Kernel, cdiv, descriptor
 from finetuna_lightning.ops.tiling import TILE_ROWS
 
@@ -134,7 +136,11 @@ def gemm(
         residual: [M, N], added to the result.
         low: [M, C], the low-rank products in out's type; ``matrices`` [n, C, N] what each adapter's meet, of rows that
             are a multiple of 16 bytes apart, and adapters a multiple of rows.
+        options: of Triton's kernel, which then runs also where ``hopper`` would.
     """
+    if options is None and hopper.takes(a, b, out, row_scale, column_scale, bias, residual, low, matrices, b_is_kn):
+        hopper.product(a, b, out, tiles, row_scale, column_scale, bias, residual, low, matrices, b_is_kn)
+        return out
     k = a.shape[1]
     n = out.shape[1]
     int8 = a.dtype == torch.int8

@@ -1,0 +1,263 @@
+"""The product of ``gemm.py`` by Hopper's own instructions, ``hopper.cu``: NVRTC, which comes with torch's CUDA builds,
+compiles it where it runs, in a second for each kind of operands, and what it made is kept in
+``~/.cache/finetuna_lightning``.
+
+Triton 3.6 offers no loads that two blocks share, and its tiles read more from L2 than it gives: this is a fifth faster
+in int8 (benchmarks/LOG.md). Results are those of Triton's kernel but for the rounding of sums, and as there, a row's
+bits depend on nothing but the row and its adapter.
+
+Where it cannot be had (another GPU, no NVRTC), Triton's kernel runs; on a Hopper GPU that is said once. Environment
+variables: ``FINETUNA_CUDA_KERNELS=0`` leaves it out, ``FINETUNA_CACHE`` is another folder to keep it in."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetuna_lightning.files import cache_folder, replacing_file
+from finetuna_lightning.ops.kernels.launch import cdiv
+from finetuna_lightning.ops.tiling import TILE_ROWS
+
+_SOURCE = Path(__file__).parent / "hopper.cu"
+_OPERANDS = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2}
+_TENSOR_MAP_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_THREADS = 384
+_COLUMNS = 256
+# as in hopper.cu: an alignment, four stages, two pieces of Y for each of eight warps, two barriers a stage
+_SHARED_BYTES = 1024 + 4 * (TILE_ROWS + _COLUMNS) * 128 + 8 * 2 * 16 * 128 + 4 * 2 * 8
+_KEPT_MAPS = 1 << 14
+_DIGEST = hashlib.sha256().digest_size
+
+
+class _Unavailable(Exception):
+    """Why there is no kernel, in words."""
+
+
+class _Given(ctypes.Structure):
+    """``Given`` of hopper.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "row_scale", "column_scale", "bias", "residual", "tiles")),
+        *((name, ctypes.c_int) for name in ("n", "k", "c", "step", "stride_out", "stride_residual", "tile_count")),
+    ]
+
+
+def takes(
+    a: Tensor, b: Tensor, out: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, low: Tensor | None, matrices: Tensor | None, b_is_kn: bool,
+) -> bool:  # fmt: skip
+    """Whether ``product`` computes this: on a Hopper GPU, of types and shapes that it knows, a layer's rows whatever
+    their number, so that company never decides."""
+    kind, made = a.dtype, out.dtype
+    if b.dtype != kind or made not in (torch.bfloat16, torch.float16) or out.shape[1] % 8 or not a.shape[1]:
+        return False
+    if (row_scale is None or b_is_kn) if kind == torch.int8 else kind != made:
+        return False
+    if any(t is not None and not _row(t, torch.float32) for t in (row_scale, column_scale)):
+        return False
+    if bias is not None and not _row(bias, made):
+        return False
+    if any(t is not None and not _rows(t, made) for t in (out, residual)):
+        return False
+    if low is not None and (low.dtype != made or low.shape[1] % 16 or matrices is None or matrices.dtype != made):
+        return False
+    return available(a.device)
+
+
+def _row(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two of its numbers can be had at a time."""
+    return t.dtype == dtype and t.is_contiguous() and t.data_ptr() % (2 * t.element_size()) == 0
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether sixteen bytes of a row can be had at a time."""
+    return t.dtype == dtype and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+
+
+def product(
+    a: Tensor, b: Tensor, out: Tensor, tiles: Tensor, row_scale: Tensor | None, column_scale: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, low: Tensor | None, matrices: Tensor | None, b_is_kn: bool,
+) -> None:  # fmt: skip
+    """Fill ``out`` as ``gemm.gemm`` says, of what it ``takes``, on the current device and stream.
+
+    Raises:
+        RuntimeError: of the driver's: for rows that do not begin at multiples of 16 bytes, say.
+    """
+    device = a.device.index
+    kernel = _kernel(device, _OPERANDS[a.dtype], _OPERANDS[out.dtype], b_is_kn)
+    k, n = a.shape[1], out.shape[1]
+    width = 128 // a.element_size()
+    x = _map(a, a.shape[0], k, a.stride(0), TILE_ROWS, width)
+    w = _map(b, k, n, b.stride(0), 64, 64) if b_is_kn else _map(b, n, k, b.stride(0), _COLUMNS // 2, width)
+    left, right, columns, step = x, w, 0, 0  # without a delta these are not looked at
+    if low is not None and matrices is not None:
+        columns, step = low.shape[1], matrices.stride(0) // matrices.stride(1)
+        height = (matrices.shape[0] - 1) * step + columns
+        left = _map(low, low.shape[0], columns, low.stride(0), TILE_ROWS, 64)
+        right = _map(matrices, height, n, matrices.stride(1), 16, 64)
+    count = tiles.shape[1]
+    given = _Given(
+        *(None if t is None else t.data_ptr() for t in (out, row_scale, column_scale, bias, residual, tiles)),
+        n, k, columns, step, out.stride(0), 0 if residual is None else residual.stride(0), count,
+    )  # fmt: skip
+    blocks = 2 * min(cdiv(count, 2) * cdiv(n, _COLUMNS), kernel.clusters)
+    if blocks:
+        arguments = (ctypes.c_void_p * 5)(x.address, w.address, left.address, right.address, ctypes.addressof(given))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _check(_driver().cuLaunchKernel(
+            kernel.function, blocks, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, ctypes.c_void_p(stream), arguments, None
+        ))  # fmt: skip
+
+
+class _Map:
+    """A CUtensorMap, of 128 bytes at a multiple of 64."""
+
+    def __init__(self) -> None:
+        self._room = ctypes.create_string_buffer(128 + 63)
+        self.address = -(-ctypes.addressof(self._room) // 64) * 64
+
+
+_maps: dict[tuple[Any, ...], _Map] = {}
+
+
+def _map(t: Tensor, rows: int, columns: int, stride: int, box_rows: int, box_columns: int) -> _Map:
+    """What the copy engine is told of a matrix: where it stands and its form, and so it is kept by these."""
+    key = (t.data_ptr(), rows, columns, stride, box_rows, box_columns, t.dtype)
+    found = _maps.get(key)
+    if found is None:
+        made = _Map()
+        _check(_driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(made.address), _TENSOR_MAP_TYPES[t.dtype], 2, ctypes.c_void_p(t.data_ptr()),
+            (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride * t.element_size()),
+            (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1),
+            0, 3, 2, 0,  # not interleaved, swizzled in 128 bytes, 128 bytes at a time into L2, zeros beyond the edge
+        ))  # fmt: skip
+        if len(_maps) >= _KEPT_MAPS:
+            _maps.clear()
+        found = _maps.setdefault(key, made)
+    return found
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+
+
+def available(device: torch.device) -> bool:
+    """Whether ``device`` has the kernel; the first question compiles one, where no other process has."""
+    return device.type == "cuda" and _available(device.index)
+
+
+@cache
+def _available(device: int) -> bool:
+    if os.environ.get("FINETUNA_CUDA_KERNELS", "") == "0" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        _kernel(device, _OPERANDS[torch.int8], _OPERANDS[torch.bfloat16], False)
+    except (_Unavailable, OSError, AttributeError, RuntimeError) as error:
+        warnings.warn(f"Hopper's own kernel is left out, Triton's takes longer: {error}", stacklevel=4)
+        return False
+    return True
+
+
+class _Kernel:
+    """``product`` of a module loaded on a device, and how many clusters it runs at a time."""
+
+    def __init__(self, code: bytes, device: int) -> None:
+        driver = _driver()
+        self._module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(driver.cuModuleLoadData(ctypes.byref(self._module), code))
+        _check(driver.cuModuleGetFunction(ctypes.byref(self.function), self._module, b"product"))
+        _check(driver.cuFuncSetAttribute(self.function, 8, _SHARED_BYTES))  # dynamic shared memory's greatest size
+        self.clusters = torch.cuda.get_device_properties(device).multi_processor_count // 2
+
+
+@cache
+def _kernel(device: int, operands: int, result: int, along_n: bool) -> _Kernel:
+    with _lock, torch.cuda.device(device):
+        defined = (f"-DOPERANDS={operands}", f"-DRESULT={result}", f"-DALONG_N={int(along_n)}")
+        options = ("--gpu-architecture=sm_90a", "-std=c++17", *defined)
+        nvrtc, source = _nvrtc(), _SOURCE.read_bytes()
+        kept = _place(nvrtc, source, options)
+        code = None if kept is None else _read(kept)
+        if code is None:
+            code = _compiled(nvrtc, source, options)
+            if kept is not None:
+                _keep(kept, code)
+        return _Kernel(code, device)
+
+
+def _place(nvrtc: Any, source: bytes, options: tuple[str, ...]) -> Path | None:
+    """Where the compiled source is kept: named by all that it depends on."""
+    version = (ctypes.c_int * 2)()
+    nvrtc.nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
+    key = hashlib.sha256(b"\0".join((source, repr((options, *version)).encode()))).hexdigest()[:16]
+    folder = cache_folder()
+    return None if folder is None else folder / f"hopper-{key}.bin"
+
+
+def _read(kept: Path) -> bytes | None:
+    """Code that this user kept, if it is whole: the driver would die of less."""
+    try:
+        mine, whole = kept.stat().st_uid == os.getuid(), kept.read_bytes()
+    except OSError:
+        return None
+    digest, code = whole[:_DIGEST], whole[_DIGEST:]
+    return code if mine and hashlib.sha256(code).digest() == digest else None
+
+
+def _keep(kept: Path, code: bytes) -> None:
+    try:
+        with replacing_file(kept) as beside:
+            beside.write_bytes(hashlib.sha256(code).digest() + code)
+    except OSError:
+        pass  # the next process compiles it again
+
+
+def _compiled(nvrtc: Any, source: bytes, options: tuple[str, ...]) -> bytes:
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"hopper.cu", 0, None, None)
+    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), given):
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            said = [line for line in log.value.decode(errors="replace").splitlines() if "error" in line]
+            raise _Unavailable(f"NVRTC failed: {(said or ['no reason given'])[0]}")
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@cache
+def _nvrtc() -> Any:
+    """The library beside torch's own: loaded with one of torch's that needs it, and then found by its name."""
+    beside = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
+    if beside.is_file():
+        ctypes.CDLL(str(beside))
+    return ctypes.CDLL(f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}")
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"CUDA's driver: {(text.value or b'unknown error').decode()} ({status})")

@@ -1,0 +1,234 @@
+"""The product on Hopper's own instructions: against float64 and against Triton's kernel, whatever the lengths, the
+shapes and what the end of it adds; and how it is compiled, kept and done without."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="no Triton: it comes with torch's CUDA builds")
+
+from finetuna_lightning.ops.kernels import hopper
+from finetuna_lightning.ops.kernels.gemm import config, gemm
+from finetuna_lightning.ops.tiling import tiling
+
+if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("no Hopper GPU", allow_module_level=True)
+
+DEVICE = torch.device("cuda")
+DEVICE_0 = torch.device("cuda", 0)
+LENGTHS = ([128], [128] * 3, [77, 300, 1, 128], [1024] * 4, [5])  # one tile, an odd number, ragged, many, few rows
+SIZES = ((256, 64), (512, 256), (1032, 208), (4096, 1024), (64, 1040))
+ROUNDED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE).to(dtype)
+
+
+def codes(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randint(-127, 128, shape, generator=generator, device=DEVICE, dtype=torch.int8)
+
+
+def tiles_of(lengths: list[int]) -> Tensor:
+    spans, start = [], 0
+    for slot, length in enumerate(lengths):
+        spans.append((f"a{slot}", start, start + length))
+        start += length
+    return tiling(spans, DEVICE).tiles
+
+
+def operands(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any], Tensor]:
+    """X, W, what else the product is told, and the product in float64."""
+    if form == "int8":
+        x, w = codes(m, k), codes(n, k, seed=1)
+        scales = {"row_scale": random(m, dtype=torch.float32).abs() / 127, "column_scale": random(n, seed=2).float()}
+        whole = x.double() @ w.double().t() * scales["row_scale"].double()[:, None] * scales["column_scale"].double()
+        return x, w, scales, whole
+    x, w = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    whole = x.double() @ w.double().t()
+    return (x, w.t().contiguous(), {"b_is_kn": True}, whole) if form == "along N" else (x, w, {}, whole)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("form", ["int8", "along K", "along N"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_product(lengths: list[int], form: str, dtype: torch.dtype) -> None:
+    tiles, m = tiles_of(lengths), sum(lengths)
+    for n, k in SIZES:
+        x, w, given, whole = operands(form, m, n, k, dtype)
+        for columns in (0, 16, 48, 80):
+            wanted = whole
+            if columns:
+                low = random(m, columns, dtype=dtype, seed=3)
+                room = torch.full((len(lengths), columns + 16, n), torch.nan, device=DEVICE, dtype=dtype)
+                matrices = room[:, :columns].copy_(random(len(lengths), columns, n, dtype=dtype, seed=4))
+                given |= {"low": low, "matrices": matrices}
+                parts = zip(low.split(lengths), matrices, strict=True)
+                wanted = whole + torch.cat([part.double() @ matrix.double() for part, matrix in parts])
+            for added in (False, True):
+                more = {"bias": random(n, dtype=dtype, seed=5), "residual": random(m, n, dtype=dtype, seed=6)}
+                right = wanted + more["bias"].double() + more["residual"].double() if added else wanted
+                out = torch.full((m + 2, n), torch.nan, device=DEVICE, dtype=dtype)
+                arguments = given | (more if added else {})
+                assert hopper.takes(x, w, out[:m], *of(arguments))
+                gemm(x, w, out[:m], tiles, **arguments)
+                # rounded once; and sums of float32, of numbers that may cancel
+                allowed = right.abs() * ROUNDED[dtype] + 2e-5 * right.abs().amax()
+                assert bool(((out[:m].double() - right).abs() <= allowed).all()), (n, k, columns, added)
+                assert bool(out[m:].isnan().all())
+
+
+def of(given: dict[str, Any]) -> list[Any]:
+    names = ("row_scale", "column_scale", "bias", "residual", "low", "matrices")
+    return [*map(given.get, names), given.get("b_is_kn", False)]
+
+
+def test_int8_is_triton_s_to_the_bit() -> None:
+    lengths = [77, 300, 128]
+    x, w, given, _ = operands("int8", 505, 520, 272, torch.bfloat16)
+    given["residual"] = random(505, 520, seed=7)
+    outs = [torch.empty(505, 520, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    gemm(x, w, outs[0], tiles_of(lengths), **given)
+    gemm(x, w, outs[1], tiles_of(lengths), **given, options=config(True))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("form", ["int8", "along K", "along N"])
+def test_company_changes_no_bit(form: str) -> None:
+    """Alone, and as the second of three whose neighbours are NaN in all that a float can be."""
+    x, w, given, _ = operands(form, 400, 512, 256, torch.bfloat16)
+    low, matrices, residual = random(400, 32, seed=3), random(3, 32, 512, seed=4), random(400, 512, seed=5)
+    own = slice(130, 330)
+    for t in (low, residual, *([] if form == "int8" else [x])):
+        t[:130], t[330:] = torch.nan, torch.nan
+    matrices[0], matrices[2] = torch.nan, torch.nan
+    if form == "int8":
+        given["row_scale"][:130], given["row_scale"][330:] = torch.nan, torch.nan
+    together = torch.empty(400, 512, device=DEVICE, dtype=torch.bfloat16)
+    gemm(x, w, together, tiles_of([130, 200, 70]), **given, low=low, matrices=matrices, residual=residual)
+    if form == "int8":
+        given["row_scale"] = given["row_scale"][own].clone()
+    alone = torch.empty(200, 512, device=DEVICE, dtype=torch.bfloat16)
+    gemm(
+        x[own].clone(), w, alone, tiles_of([200]), **given,
+        low=low[own].clone(), matrices=matrices[1:2].clone(), residual=residual[own].clone(),
+    )  # fmt: skip
+    assert torch.equal(together[own], alone) and not bool(alone.isnan().any())
+    assert bool(together[:130].isnan().all()) and bool(together[330:].isnan().all())
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["columns that are no multiple of 8", "a scale of 16 bits", "a bias of 32 bits", "out in 32 bits", "no row scale",
+     "a residual between addresses"],
+)  # fmt: skip
+def test_what_it_does_not_take_is_triton_s(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 100 if change.startswith("columns") else 96
+    x, w, given, wanted = operands("along K" if change == "a bias of 32 bits" else "int8", 128, n, 64, torch.bfloat16)
+    out = torch.empty(128, n, device=DEVICE, dtype=torch.bfloat16)
+    if change == "a scale of 16 bits":
+        given["column_scale"] = given["column_scale"].bfloat16()
+    if change == "a bias of 32 bits":
+        given["bias"] = torch.zeros(n, device=DEVICE)
+    if change == "out in 32 bits":
+        out = out.float()
+    if change == "a residual between addresses":
+        given["residual"] = torch.zeros(128 * n + 1, device=DEVICE, dtype=torch.bfloat16)[1:].view(128, n)
+    if change == "no row scale":
+        del given["row_scale"]
+        assert not hopper.takes(x, w, out, *of(given))
+        return
+    monkeypatch.setattr(hopper, "product", lambda *_: pytest.fail("taken"))
+    gemm(x, w, out, tiles_of([128]), **given)
+    assert float((out.double() - wanted).abs().max() / wanted.abs().max()) < 5e-3
+
+
+def test_tables_of_matrices_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_KEPT_MAPS", 8)
+    x, w, out = random(64, 64), random(64, 64, seed=1), torch.empty(64, 64, device=DEVICE, dtype=torch.bfloat16)
+    room = torch.empty(40, 64, 64, device=DEVICE, dtype=torch.bfloat16)
+    wanted = gemm(x, w, out, tiles_of([64])).clone()
+    for copy in room:
+        assert torch.equal(gemm(copy.copy_(x), w, out, tiles_of([64])), wanted)
+        assert len(hopper._maps) <= 8
+
+
+# ---- compiled, kept, done without ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """As in a new process, with a cache of its own."""
+    monkeypatch.setenv("FINETUNA_CACHE", str(tmp_path / "cache"))
+    kept = (hopper._available, hopper._kernel)
+    for function in kept:
+        function.cache_clear()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    for function in kept:
+        function.cache_clear()
+
+
+def small() -> tuple[Tensor, Tensor]:
+    """A product, and what it is."""
+    x, w, given, wanted = operands("int8", 128, 64, 64, torch.bfloat16)
+    out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)
+    return gemm(x, w, out, tiles_of([128]), **given), wanted
+
+
+def near(pair: tuple[Tensor, Tensor]) -> bool:
+    return float((pair[0].double() - pair[1]).abs().max() / pair[1].abs().max()) < 5e-3
+
+
+def test_what_was_compiled_is_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert near(small()) and len(list(anew.glob("hopper-*.bin"))) == 1
+    hopper._kernel.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "_compiled", lambda *_: pytest.fail("compiled again"))
+        assert near(small())
+    (file,) = anew.glob("hopper-*.bin")
+    whole = file.read_bytes()
+    for other in (whole[:1000], whole[:-1], b"", whole[:-1] + bytes([whole[-1] ^ 1])):  # cut off, gone, changed
+        file.write_bytes(other)
+        hopper._kernel.cache_clear()
+        assert near(small()) and file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written(anew: Path) -> None:
+    anew.write_text("no folder")
+    assert near(small()) and hopper.available(DEVICE_0)
+
+
+def test_left_out_where_nobody_wants_it(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNA_CUDA_KERNELS", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert near(small()) and not hopper.available(DEVICE_0)
+    assert not anew.exists()
+
+
+@pytest.mark.parametrize("obstacle", ["no NVRTC", "a source that does not compile"])
+def test_done_without_and_said_once(anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, obstacle: str) -> None:
+    if obstacle == "no NVRTC":
+
+        def nothing() -> Any:
+            raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+        monkeypatch.setattr(hopper, "_nvrtc", nothing)
+    else:
+        (tmp_path / "hopper.cu").write_text("this is no C++;\n")
+        monkeypatch.setattr(hopper, "_SOURCE", tmp_path / "hopper.cu")
+    said = "libnvrtc" if obstacle == "no NVRTC" else "NVRTC failed: hopper.cu.*error"
+    with pytest.warns(UserWarning, match=f"Hopper's own kernel is left out, Triton's takes longer: .*{said}"):
+        assert near(small())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert near(small())
