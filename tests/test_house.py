@@ -31,6 +31,7 @@ HOUSE = """
     1  ops/cpu_attention.py
     1  ops/tiling.py
     1  ops/kernels/launch.py
+    1  ops/kernels/hopper.py
     1  ops/kernels/*.py
     1  ops/library.py
     1  ops/loss.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from torch import nn
 from benchmarks import equality, gpu, peers
 from benchmarks.common import TINY, SharedBackbone, joint_batches
 from benchmarks.ours import Settings, run
-from benchmarks.roofline import Kernel, part_of
+from benchmarks.roofline import WAITING, Kernel, kernels_of, part_of
 from benchmarks.workloads import RAGGED_RANKS, growing, tokens_of, workload
 from finetuna_lightning.nn.quantized import QuantizedWeight
 
@@ -176,6 +177,8 @@ def test_a_peer_that_is_not_here_says_so() -> None:
     [
         ("_gemm", ("finetuna::linear",), (), "base, forward"),
         ("_gemm", ("XBackward", "autograd::engine::evaluate_function: XBackward"), (), "base, backward"),
+        ("hopper_gemm", ("_Attention",), ((8192, 4096),), "base, forward"),
+        ("hopper_gemm", ("_LinearCrossEntropy",), ((8192, 4096), (128256, 4096)), "head and loss"),
         ("nvjet_tst_128", ("aten::mm", "_QuantizedLinear"), ((8192, 4096), (4096, 14336)), "base, forward"),
         ("nvjet_tst_64", ("aten::mm", "aten::linear"), ((1024, 4096), (4096, 16)), "LoRA"),
         ("splitKreduce_kernel", ("aten::mm", "aten::linear"), ((1024, 4096), (4096, 16)), "LoRA"),
@@ -195,3 +198,16 @@ def test_a_peer_that_is_not_here_says_so() -> None:
 def test_a_kernel_is_counted_to_its_part(name: str, operators: tuple[str, ...], shapes: tuple, part: str) -> None:  # type: ignore[type-arg]
     shape = {"vocab_size": 128256, "hidden_size": 4096}
     assert part_of(Kernel(name, operators, shapes, 1.0), workload("w1"), shape) == part
+
+
+def test_no_kernel_is_counted_twice() -> None:
+    """The profiler hangs kernels to its own remarks as well."""
+    span = SimpleNamespace(elapsed_us=lambda: 2e6)
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    kernel = SimpleNamespace(name="_gemm", duration=2e6)
+    events = [
+        SimpleNamespace(name=name, device_type=cpu, kernels=[kernel], input_shapes=(), cpu_parent=None)
+        for name in ("_Attention", WAITING)
+    ]
+    events.append(SimpleNamespace(name="_gemm", device_type=cuda, time_range=span))
+    assert kernels_of(SimpleNamespace(events=lambda: events), True) == [Kernel("_gemm", ("_Attention",), (), 2.0)]

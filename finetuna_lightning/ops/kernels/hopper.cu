@@ -201,8 +201,8 @@ __device__ __forceinline__ Unit unit_of(int unit, int rank, const Given &g) {
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-        const __grid_constant__ TensorMap low_map, const __grid_constant__ TensorMap m_map, const Given g) {
+hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+            const __grid_constant__ TensorMap low_map, const __grid_constant__ TensorMap m_map, const Given g) {
     extern __shared__ unsigned char memory[];
     const u32 base = (shared_address(memory) + 1023) & ~1023u;  // as swizzled rows ask
     const u32 staging = base + STAGES * STAGE_BYTES;

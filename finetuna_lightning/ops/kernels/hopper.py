@@ -170,13 +170,13 @@ def _available(device: int) -> bool:
 
 
 class _Kernel:
-    """``product`` of a module loaded on a device, and how many clusters it runs at a time."""
+    """``hopper_gemm`` of a module loaded on a device, and how many clusters it runs at a time."""
 
     def __init__(self, code: bytes, device: int) -> None:
         driver = _driver()
         self._module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(self._module), code))
-        _check(driver.cuModuleGetFunction(ctypes.byref(self.function), self._module, b"product"))
+        _check(driver.cuModuleGetFunction(ctypes.byref(self.function), self._module, b"hopper_gemm"))
         _check(driver.cuFuncSetAttribute(self.function, 8, _SHARED_BYTES))  # dynamic shared memory's greatest size
         self.clusters = torch.cuda.get_device_properties(device).multi_processor_count // 2
 
