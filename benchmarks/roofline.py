@@ -253,11 +253,11 @@ def part_of(kernel: Kernel, work: Workload, shape: dict[str, Any]) -> str:
     sides = [side for dimensions in kernel.shapes for side in dimensions[-2:]]
     ranks = sorted(set(work.ranks.values()))
     name = next(part for part, pattern in PARTS.items() if re.search(pattern, text))
-    if name == "attention" and OWN_PRODUCT.match(kernel.name):
-        name = "base"
-    if name in ("optimizer", "attention"):
+    if OWN_PRODUCT.match(kernel.name):
+        name = "head and loss" if shape["vocab_size"] in sides else "base"
+    elif name in ("optimizer", "attention"):
         return name
-    if PRODUCT.search(" < ".join((kernel.name, *kernel.operators[:1])).lower()):
+    elif PRODUCT.search(" < ".join((kernel.name, *kernel.operators[:1])).lower()):
         if shape["vocab_size"] in sides:
             name = "head and loss"
         elif sides and (min(sides) in ranks or min(sides) <= min(sum(work.ranks.values()), shape["hidden_size"] // 8)):

@@ -177,7 +177,7 @@ def test_a_peer_that_is_not_here_says_so() -> None:
     [
         ("_gemm", ("finetuna::linear",), (), "base, forward"),
         ("_gemm", ("XBackward", "autograd::engine::evaluate_function: XBackward"), (), "base, backward"),
-        ("hopper_gemm", ("_Attention",), ((8192, 4096),), "base, forward"),
+        ("hopper_gemm", ("_Attention",), ((8192, 4096), (16, 4096)), "base, forward"),
         ("hopper_gemm", ("_LinearCrossEntropy",), ((8192, 4096), (128256, 4096)), "head and loss"),
         ("nvjet_tst_128", ("aten::mm", "_QuantizedLinear"), ((8192, 4096), (4096, 14336)), "base, forward"),
         ("nvjet_tst_64", ("aten::mm", "aten::linear"), ((1024, 4096), (4096, 16)), "LoRA"),
