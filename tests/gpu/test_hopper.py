@@ -3,6 +3,7 @@ shapes and what the end of it adds; and how it is compiled, kept and done withou
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
 DEVICE = torch.device("cuda")
-DEVICE_0 = torch.device("cuda", 0)
-LENGTHS = ([128], [128] * 3, [77, 300, 1, 128], [1024] * 4, [5])  # one tile, an odd number, ragged, many, few rows
+# one tile, an odd number, ragged, many, few rows, and more than the eight pairs that go together
+LENGTHS = ([128], [128] * 3, [77, 300, 1, 128], [1024] * 4, [5], [128] * 17 + [3], [128] * 21)
 SIZES = ((256, 64), (512, 256), (1032, 208), (4096, 1024), (64, 1040))
 ROUNDED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -45,45 +46,106 @@ def tiles_of(lengths: list[int]) -> Tensor:
     return tiling(spans, DEVICE).tiles
 
 
+def within(t: Tensor, before: int, after: int) -> Tensor:
+    """The same as columns of a wider matrix: beside it stands what would be seen in any result."""
+    room = torch.full((*t.shape[:-1], before + t.shape[-1] + after), 0, device=t.device, dtype=t.dtype)
+    room.fill_(111 if t.dtype == torch.int8 else torch.nan)
+    return room[..., before : before + t.shape[-1]].copy_(t)
+
+
 def operands(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any], Tensor]:
     """X, W, what else the product is told, and the product in float64."""
     if form == "int8":
         x, w = codes(m, k), codes(n, k, seed=1)
         scales = {"row_scale": random(m, dtype=torch.float32).abs() / 127, "column_scale": random(n, seed=2).float()}
         whole = x.double() @ w.double().t() * scales["row_scale"].double()[:, None] * scales["column_scale"].double()
-        return x, w, scales, whole
+        return within(x, 16, 32), within(w, 32, 64), scales, whole
     x, w = random(m, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
     whole = x.double() @ w.double().t()
-    return (x, w.t().contiguous(), {"b_is_kn": True}, whole) if form == "along N" else (x, w, {}, whole)
+    if form == "along N":
+        return within(x, 8, 16), within(w.t(), 16, 24), {"b_is_kn": True}, whole
+    return within(x, 8, 16), within(w, 16, 24), {}, whole
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("form", ["int8", "along K", "along N"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_product(lengths: list[int], form: str, dtype: torch.dtype) -> None:
+    """Each matrix is a part of a wider one, of another width each."""
     tiles, m = tiles_of(lengths), sum(lengths)
     for n, k in SIZES:
-        x, w, given, whole = operands(form, m, n, k, dtype)
+        x, w, told, whole = operands(form, m, n, k, dtype)
+        bias, residual = random(n, dtype=dtype, seed=5), within(random(m, n, dtype=dtype, seed=6), 24, 40)
         for columns in (0, 16, 48, 80):
-            wanted = whole
+            given, wanted = dict(told), whole
             if columns:
-                low = random(m, columns, dtype=dtype, seed=3)
-                room = torch.full((len(lengths), columns + 16, n), torch.nan, device=DEVICE, dtype=dtype)
-                matrices = room[:, :columns].copy_(random(len(lengths), columns, n, dtype=dtype, seed=4))
+                low = within(random(m, columns, dtype=dtype, seed=3), 8, 8)
+                room = torch.full((len(lengths), columns + 16, n + 48), torch.nan, device=DEVICE, dtype=dtype)
+                matrices = room[:, :columns, 8 : 8 + n].copy_(random(len(lengths), columns, n, dtype=dtype, seed=4))
                 given |= {"low": low, "matrices": matrices}
                 parts = zip(low.split(lengths), matrices, strict=True)
                 wanted = whole + torch.cat([part.double() @ matrix.double() for part, matrix in parts])
-            for added in (False, True):
-                more = {"bias": random(n, dtype=dtype, seed=5), "residual": random(m, n, dtype=dtype, seed=6)}
-                right = wanted + more["bias"].double() + more["residual"].double() if added else wanted
-                out = torch.full((m + 2, n), torch.nan, device=DEVICE, dtype=dtype)
-                arguments = given | (more if added else {})
-                assert hopper.takes(x, w, out[:m], *of(arguments))
-                gemm(x, w, out[:m], tiles, **arguments)
+            cases: list[dict[str, Any]] = [{}, {"bias": bias}, {"bias": bias, "residual": residual}]
+            for more in cases:
+                right = sum((t.double() for t in more.values()), wanted)
+                room = torch.full((m + 2, n + 40), torch.nan, device=DEVICE, dtype=dtype)
+                out = room[:m, 16 : 16 + n]
+                assert hopper.takes(x, w, out, *of(given | more))
+                gemm(x, w, out, tiles, **given, **more)
                 # rounded once; and sums of float32, of numbers that may cancel
                 allowed = right.abs() * ROUNDED[dtype] + 2e-5 * right.abs().amax()
-                assert bool(((out[:m].double() - right).abs() <= allowed).all()), (n, k, columns, added)
-                assert bool(out[m:].isnan().all())
+                assert bool(((out.double() - right).abs() <= allowed).all()), (n, k, columns, *more)
+                out.fill_(torch.nan)
+                assert bool(room.isnan().all())  # nothing beside it was written
+
+
+def test_int8_of_rows_that_have_scales_alone() -> None:
+    """As in a backward pass, where W's scales are in the gradient."""
+    x, w, given, whole = operands("int8", 200, 520, 272, torch.bfloat16)
+    out = torch.empty(200, 520, device=DEVICE, dtype=torch.bfloat16)
+    wanted = whole / given.pop("column_scale").double()
+    gemm(x, w, out, tiles_of([200]), **given)
+    assert bool(((out.double() - wanted).abs() <= wanted.abs() * 2.0**-8).all())
+
+
+def test_on_the_current_stream() -> None:
+    x, w, out = random(256, 256), random(256, 256, seed=1), torch.zeros(256, 256, device=DEVICE, dtype=torch.bfloat16)
+    tiles, source = tiles_of([256]), random(256, 256, seed=2)
+    wanted = gemm(source, w, torch.empty_like(out), tiles)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # some hundredths of a second
+        x.copy_(source)
+        gemm(x, w, out, tiles)
+    stream.synchronize()
+    assert torch.equal(out, wanted)
+
+
+def test_addresses_beyond_31_bits() -> None:
+    """Rows of a result, and of a residual, that begin more than 2^31 numbers from the first."""
+    m, n = 16_512, 131_072
+    x, w, room = random(m, 16), random(n, 16, seed=1), torch.empty(m, n, device=DEVICE, dtype=torch.bfloat16)
+    room[-128:] = 1.0
+    gemm(x, w, room, tiles_of([m]), residual=room)  # each number of it is read before it is written
+    wanted = x[-128:].double() @ w.double().t() + 1.0
+    assert bool(((room[-128:].double() - wanted).abs() <= wanted.abs() * 2.0**-8 + 1e-4).all())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_first_thing_in_a_new_thread(compiled: bool) -> None:
+    """Which has no context of the driver's before torch launches something there."""
+    x, w, out = random(128, 64), random(64, 64, seed=1), torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)
+    tiles = tiles_of([128])
+    wanted = gemm(x, w, torch.empty_like(out), tiles)
+    torch.cuda.synchronize()
+    if not compiled:
+        hopper._kernel.cache_clear()
+    thread = threading.Thread(target=gemm, args=(x, w, out, tiles))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(out, wanted)
 
 
 def of(given: dict[str, Any]) -> list[Any]:
@@ -128,20 +190,30 @@ def test_company_changes_no_bit(form: str) -> None:
 @pytest.mark.parametrize(
     "change",
     ["columns that are no multiple of 8", "a scale of 16 bits", "a bias of 32 bits", "out in 32 bits", "no row scale",
-     "a residual between addresses"],
+     "a residual between addresses", "a bias at an odd one", "out between addresses", "out in other 16 bits", "row scales in 16 bits"],
 )  # fmt: skip
 def test_what_it_does_not_take_is_triton_s(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     n = 100 if change.startswith("columns") else 96
-    x, w, given, wanted = operands("along K" if change == "a bias of 32 bits" else "int8", 128, n, 64, torch.bfloat16)
-    out = torch.empty(128, n, device=DEVICE, dtype=torch.bfloat16)
+    in_16_bits = ("a bias of 32 bits", "out in other 16 bits", "row scales in 16 bits")
+    form = "along K" if change in in_16_bits else "int8"
+    x, w, given, wanted = operands(form, 128, n, 64, torch.bfloat16)
+    out, room = torch.empty(128, n, device=DEVICE, dtype=torch.bfloat16), random(128 * n + 8).zero_()
     if change == "a scale of 16 bits":
         given["column_scale"] = given["column_scale"].bfloat16()
     if change == "a bias of 32 bits":
         given["bias"] = torch.zeros(n, device=DEVICE)
     if change == "out in 32 bits":
         out = out.float()
+    if change == "out in other 16 bits":
+        out = out.half()
+    if change == "out between addresses":
+        out = room[4:-4].view(128, n)
     if change == "a residual between addresses":
-        given["residual"] = torch.zeros(128 * n + 1, device=DEVICE, dtype=torch.bfloat16)[1:].view(128, n)
+        given["residual"] = room[4:-4].view(128, n)
+    if change == "a bias at an odd one":
+        given["bias"] = room[1 : 1 + n]
+    if change == "row scales in 16 bits":
+        given["row_scale"] = torch.full((128,), 3.0, device=DEVICE)  # the equation has none there
     if change == "no row scale":
         del given["row_scale"]
         assert not hopper.takes(x, w, out, *of(given))
@@ -168,7 +240,7 @@ def test_tables_of_matrices_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPat
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """As in a new process, with a cache of its own."""
     monkeypatch.setenv("FINETUNA_CACHE", str(tmp_path / "cache"))
-    kept = (hopper._available, hopper._kernel)
+    kept = (hopper._kernel, hopper._say)
     for function in kept:
         function.cache_clear()
     yield tmp_path / "cache"
@@ -204,14 +276,14 @@ def test_what_was_compiled_is_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_cache_that_cannot_be_written(anew: Path) -> None:
     anew.write_text("no folder")
-    assert near(small()) and hopper.available(DEVICE_0)
+    assert near(small()) and hopper._kernel(0, 0, 1, False) is not None
 
 
 def test_left_out_where_nobody_wants_it(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNA_CUDA_KERNELS", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert near(small()) and not hopper.available(DEVICE_0)
+        assert near(small()) and hopper._kernel(0, 0, 1, False) is None
     assert not anew.exists()
 
 
@@ -232,3 +304,18 @@ def test_done_without_and_said_once(anew: Path, monkeypatch: pytest.MonkeyPatch,
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert near(small())
+
+
+def test_what_may_pass_is_raised_and_not_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is full when a kernel is first asked for: the next product is the kernel's all the same."""
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *_: 2) if name == "cuModuleLoadData" else getattr(driver, name)
+
+    driver = hopper._driver()
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "_driver", Full)
+        with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
+            small()
+    assert near(small()) and hopper._kernel(0, 0, 1, False) is not None

@@ -144,6 +144,8 @@ __device__ __forceinline__ float number(u32 bits) {
 }
 __device__ __forceinline__ u32 times(float a, float b) { return __float_as_uint(__fmul_rn(a, b)); }
 __device__ __forceinline__ u32 plus(float a, float b) { return __float_as_uint(__fadd_rn(a, b)); }
+// the units write d while the threads go on: what they do with it stays before a beginning, and behind an end
+__device__ __forceinline__ void settled(u32 (&d)[128]) { asm volatile("" : R64(D, 0), R64(D, 64)::"memory"); }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT>

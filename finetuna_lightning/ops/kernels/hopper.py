@@ -11,8 +11,10 @@ variables: ``FINETUNA_CUDA_KERNELS=0`` leaves it out, ``FINETUNA_CACHE`` is anot
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import threading
 import warnings
@@ -60,7 +62,7 @@ def takes(
     kind, made = a.dtype, out.dtype
     if b.dtype != kind or made not in (torch.bfloat16, torch.float16) or out.shape[1] % 8 or not a.shape[1]:
         return False
-    if (row_scale is None or b_is_kn) if kind == torch.int8 else kind != made:
+    if (row_scale is None or b_is_kn) if kind == torch.int8 else (row_scale is not None or kind != made):
         return False
     if any(t is not None and not _row(t, torch.float32) for t in (row_scale, column_scale)):
         return False
@@ -70,7 +72,7 @@ def takes(
         return False
     if low is not None and (low.dtype != made or low.shape[1] % 16 or matrices is None or matrices.dtype != made):
         return False
-    return available(a.device)
+    return a.device.type == "cuda" and _kernel(a.device.index, _OPERANDS[kind], _OPERANDS[made], b_is_kn) is not None
 
 
 def _row(t: Tensor, dtype: torch.dtype) -> bool:
@@ -92,9 +94,14 @@ def product(
     Raises:
         RuntimeError: of the driver's: for rows that do not begin at multiples of 16 bytes, say.
     """
-    device = a.device.index
+    device, count = a.device.index, tiles.shape[1]
     kernel = _kernel(device, _OPERANDS[a.dtype], _OPERANDS[out.dtype], b_is_kn)
     k, n = a.shape[1], out.shape[1]
+    if kernel is None:
+        raise RuntimeError("not a product that hopper.takes")
+    if not count:
+        return
+    _use_context(device)
     width = 128 // a.element_size()
     x = _map(a, a.shape[0], k, a.stride(0), TILE_ROWS, width)
     w = _map(b, k, n, b.stride(0), 64, 64) if b_is_kn else _map(b, n, k, b.stride(0), _COLUMNS // 2, width)
@@ -104,18 +111,16 @@ def product(
         height = (matrices.shape[0] - 1) * step + columns
         left = _map(low, low.shape[0], columns, low.stride(0), TILE_ROWS, 64)
         right = _map(matrices, height, n, matrices.stride(1), 16, 64)
-    count = tiles.shape[1]
     given = _Given(
         *(None if t is None else t.data_ptr() for t in (out, row_scale, column_scale, bias, residual, tiles)),
         n, k, columns, step, out.stride(0), 0 if residual is None else residual.stride(0), count,
     )  # fmt: skip
     blocks = 2 * min(cdiv(count, 2) * cdiv(n, _COLUMNS), kernel.clusters)
-    if blocks:
-        arguments = (ctypes.c_void_p * 5)(x.address, w.address, left.address, right.address, ctypes.addressof(given))
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _check(_driver().cuLaunchKernel(
-            kernel.function, blocks, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, ctypes.c_void_p(stream), arguments, None
-        ))  # fmt: skip
+    arguments = (ctypes.c_void_p * 5)(x.address, w.address, left.address, right.address, ctypes.addressof(given))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    _check(_driver().cuLaunchKernel(
+        kernel.function, blocks, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, ctypes.c_void_p(stream), arguments, None
+    ))  # fmt: skip
 
 
 class _Map:
@@ -152,48 +157,54 @@ def _map(t: Tensor, rows: int, columns: int, stride: int, box_rows: int, box_col
 _lock = threading.Lock()
 
 
-def available(device: torch.device) -> bool:
-    """Whether ``device`` has the kernel; the first question compiles one, where no other process has."""
-    return device.type == "cuda" and _available(device.index)
-
-
-@cache
-def _available(device: int) -> bool:
-    if os.environ.get("FINETUNA_CUDA_KERNELS", "") == "0" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    try:
-        _kernel(device, _OPERANDS[torch.int8], _OPERANDS[torch.bfloat16], False)
-    except (_Unavailable, OSError, AttributeError, RuntimeError) as error:
-        warnings.warn(f"Hopper's own kernel is left out, Triton's takes longer: {error}", stacklevel=4)
-        return False
-    return True
-
-
 class _Kernel:
     """``hopper_gemm`` of a module loaded on a device, and how many clusters it runs at a time."""
 
     def __init__(self, code: bytes, device: int) -> None:
         driver = _driver()
+        _use_context(device)
         self._module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
-        _check(driver.cuModuleLoadData(ctypes.byref(self._module), code))
+        status = driver.cuModuleLoadData(ctypes.byref(self._module), code)
+        if status in _FOREIGN:
+            raise _Unavailable(f"the driver does not take it: {_text(status)}")
+        _check(status)
         _check(driver.cuModuleGetFunction(ctypes.byref(self.function), self._module, b"hopper_gemm"))
         _check(driver.cuFuncSetAttribute(self.function, 8, _SHARED_BYTES))  # dynamic shared memory's greatest size
         self.clusters = torch.cuda.get_device_properties(device).multi_processor_count // 2
 
 
 @cache
-def _kernel(device: int, operands: int, result: int, along_n: bool) -> _Kernel:
-    with _lock, torch.cuda.device(device):
-        defined = (f"-DOPERANDS={operands}", f"-DRESULT={result}", f"-DALONG_N={int(along_n)}")
-        options = ("--gpu-architecture=sm_90a", "-std=c++17", *defined)
-        nvrtc, source = _nvrtc(), _SOURCE.read_bytes()
-        kept = _place(nvrtc, source, options)
-        code = None if kept is None else _read(kept)
-        if code is None:
-            code = _compiled(nvrtc, source, options)
-            if kept is not None:
-                _keep(kept, code)
+def _kernel(device: int, operands: int, result: int, along_n: bool) -> _Kernel | None:
+    """The kernel for such operands, compiled where no other process has; None where it cannot be had, for good. What
+    may be otherwise the next time (a GPU that is full) is raised: who computes must not depend on it."""
+    if os.environ.get("FINETUNA_CUDA_KERNELS", "") == "0" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    defined = (f"-DOPERANDS={operands}", f"-DRESULT={result}", f"-DALONG_N={int(along_n)}")
+    try:
+        with _lock, torch.cuda.device(device):
+            return _made(device, ("--gpu-architecture=sm_90a", "-std=c++17", *defined))
+    except (_Unavailable, OSError, AttributeError, ValueError) as error:
+        _say(str(error))
+        return None
+
+
+@cache
+def _say(obstacle: str) -> None:
+    """Once in a process."""
+    warnings.warn(f"Hopper's own kernel is left out, Triton's takes longer: {obstacle}", stacklevel=5)
+
+
+def _made(device: int, options: tuple[str, ...]) -> _Kernel:
+    nvrtc, source = _nvrtc(), _SOURCE.read_bytes()
+    kept = _place(nvrtc, source, options)
+    code = None if kept is None else _read(kept)
+    if code is not None:
         return _Kernel(code, device)
+    code = _compiled(nvrtc, source, options)
+    kernel = _Kernel(code, device)
+    if kept is not None:
+        _keep(kept, code)
+    return kernel
 
 
 def _place(nvrtc: Any, source: bytes, options: tuple[str, ...]) -> Path | None:
@@ -225,18 +236,20 @@ def _keep(kept: Path, code: bytes) -> None:
 
 def _compiled(nvrtc: Any, source: bytes, options: tuple[str, ...]) -> bytes:
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"hopper.cu", 0, None, None)
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    if status := nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"hopper.cu", 0, None, None):
+        raise _Unavailable(f"NVRTC failed ({status})")
     try:
-        if nvrtc.nvrtcCompileProgram(program, len(options), given):
+        if status := nvrtc.nvrtcCompileProgram(program, len(options), given):
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
+            log = ctypes.create_string_buffer(size.value or 1)
             nvrtc.nvrtcGetProgramLog(program, log)
             said = [line for line in log.value.decode(errors="replace").splitlines() if "error" in line]
-            raise _Unavailable(f"NVRTC failed: {(said or ['no reason given'])[0]}")
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        code = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, code)
+            raise _Unavailable(f"NVRTC failed ({status}): {(said or ['no reason given'])[0]}")
+        status = nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value or 1)
+        if status or nvrtc.nvrtcGetCUBIN(program, code) or not code.raw.startswith(b"\x7fELF"):
+            raise _Unavailable("NVRTC failed: it made no code")
         return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -244,11 +257,23 @@ def _compiled(nvrtc: Any, source: bytes, options: tuple[str, ...]) -> bytes:
 
 @cache
 def _nvrtc() -> Any:
-    """The library beside torch's own: loaded with one of torch's that needs it, and then found by its name."""
+    """The library beside torch's own: loaded with one of torch's that needs it, and then found by its name; after what
+    it looks for when it compiles, which it does not find by itself in CUDA 13's wheel."""
+    installed = importlib.util.find_spec("nvidia")
+    for folder in (installed.submodule_search_locations or []) if installed else []:
+        for builtins in Path(folder).glob("*/lib/libnvrtc-builtins.so.*"):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(builtins))
     beside = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
     if beside.is_file():
         ctypes.CDLL(str(beside))
     return ctypes.CDLL(f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}")
+
+
+# ---- the driver ------------------------------------------------------------------------------------------------------
+
+_OUT_OF_MEMORY = 2
+_FOREIGN = (200, 209, 218, 222)  # code of another kind than the driver takes (CUresult)
 
 
 @cache
@@ -256,8 +281,24 @@ def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def _use_context(device: int) -> None:
+    """The device's own context for this thread, if it has none: torch gives a new thread one with its first kernel."""
+    driver, context, handle = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)))
+    if not context.value:
+        _check(driver.cuDeviceGet(ctypes.byref(handle), device))
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+        _check(driver.cuCtxSetCurrent(context))
+
+
 def _check(status: int) -> None:
+    if status == _OUT_OF_MEMORY:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory, while a kernel was loaded or launched")
     if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"CUDA's driver: {(text.value or b'unknown error').decode()} ({status})")
+        raise RuntimeError(f"CUDA's driver: {_text(status)}")
+
+
+def _text(status: int) -> str:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(text))
+    return f"{(text.value or b'unknown error').decode()} ({status})"
