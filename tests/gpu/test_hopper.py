@@ -190,7 +190,8 @@ def test_company_changes_no_bit(form: str) -> None:
 @pytest.mark.parametrize(
     "change",
     ["columns that are no multiple of 8", "a scale of 16 bits", "a bias of 32 bits", "out in 32 bits", "no row scale",
-     "a residual between addresses", "a bias at an odd one", "out between addresses", "out in other 16 bits", "row scales in 16 bits"],
+     "a residual between addresses", "a bias at an odd one", "out between addresses", "out in other 16 bits",
+     "row scales in 16 bits"],
 )  # fmt: skip
 def test_what_it_does_not_take_is_triton_s(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     n = 100 if change.startswith("columns") else 96
