@@ -3,8 +3,8 @@ compiles it where it runs, in a second for each kind of operands, and what it ma
 ``~/.cache/finetuna_lightning``.
 
 Triton 3.6 offers neither loads that two blocks share nor warps that only load: this is 13% to 16% faster in int8, and
-as fast in 16 bits, where a GPU's power is the limit (benchmarks/LOG.md). Results are those of Triton's kernel but for the rounding of sums, and as there, a row's
-bits depend on nothing but the row and its adapter.
+as fast in 16 bits, where a GPU's power is the limit (benchmarks/LOG.md). Results are those of Triton's kernel but for
+the rounding of sums, and as there, a row's bits depend on nothing but the row and its adapter.
 
 Where it cannot be had (another GPU, no NVRTC), Triton's kernel runs; on a Hopper GPU that is said once. Environment
 variables: ``FINETUNA_CUDA_KERNELS=0`` leaves it out, ``FINETUNA_CACHE`` is another folder to keep it in."""
