@@ -11,6 +11,7 @@ GCC (clang asks for an OpenMP runtime of its own)."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -134,14 +135,30 @@ def _found() -> ctypes.CDLL:
             pass  # of another time, or another machine: made anew
     with tempfile.TemporaryDirectory(prefix="finetuna-") as scratch:
         made = _compiled(compiler, Path(scratch))
-        library = _loaded(made)
+        try:
+            library = _loaded(made)
+        except OSError:  # nothing is run from a folder for temporary files (noexec): perhaps from the cache
+            if kept is None:
+                raise
+            return _from_cache(made, kept)
         if kept is not None:
-            try:
-                with replacing_file(kept) as beside:
-                    shutil.copy(made, beside)
-            except OSError:
-                pass  # the next process compiles it again
+            with contextlib.suppress(OSError):  # the next process compiles it again
+                _keep(made, kept)
     return library
+
+
+def _keep(made: Path, kept: Path) -> None:
+    with replacing_file(kept) as beside:
+        shutil.copy(made, beside)
+
+
+def _from_cache(made: Path, kept: Path) -> ctypes.CDLL:
+    _keep(made, kept)
+    try:
+        return _loaded(kept)
+    except _FAILURES:
+        kept.unlink()
+        raise
 
 
 def _compiler() -> list[str]:

@@ -3,6 +3,7 @@ are compiled, kept and done without."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -316,6 +317,27 @@ def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert cache_folder() is None
     monkeypatch.setenv("FINETUNA_CACHE", ".")
     assert cache_folder() == Path.cwd()
+
+
+@with_kernels
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_a_temporary_folder_from_which_nothing_is_run(
+    anew: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anywhere: bool
+) -> None:
+    cache, load = tmp_path / "cache", ctypes.CDLL
+
+    def refused(path: str) -> ctypes.CDLL:
+        if anywhere or cache not in Path(path).parents:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", refused)
+    if anywhere:
+        with pytest.warns(UserWarning, match="failed to map segment"):
+            assert anew() is None
+        assert not list(cache.glob("rows*"))
+    else:
+        assert anew() is not None and native.available()
 
 
 @with_kernels
