@@ -1,5 +1,6 @@
 // Y = s_x (X W^T) s_w + low M + bias + residual on Hopper's matrix units: gemm.py says what each is, hopper.py compiles
-// this for OPERANDS and RESULT (0 int8, 1 bfloat16, 2 float16), and for W in rows along K, or ALONG_N.
+// this for OPERANDS and RESULT (0 int8, 1 bfloat16, 2 float16), for W in rows along K, or ALONG_N, and for ROWS and
+// COLUMNS of a tile and STAGES of the ring, by which it is launched too.
 //
 // Two blocks make a cluster. Each has 128 rows of X of its own, both have the same 256 columns, so that either reads
 // half of W's tile and the copy engine puts it into both ("multicast": a third less to read from L2). One warp group
@@ -24,7 +25,8 @@ struct Given {
 };
 
 constexpr int BLOCK_K = OPERANDS == 0 ? 128 : 64;  // 128 bytes
-constexpr int ROWS = 128, COLUMNS = 256, STAGES = 4, GROUP = 8;
+static_assert(ROWS == 128 && COLUMNS == 256, "two warp groups of 64 x 256, the widest product there is");
+constexpr int GROUP = 8;
 constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PANEL = 64 * 128;         // of a tile of W along N: 64 columns, 64 rows of 128 bytes
 constexpr int PIECE = 16 * 128;         // of a tile of Y, on its way out: 16 rows, 64 columns

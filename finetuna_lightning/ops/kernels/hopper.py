@@ -32,10 +32,9 @@ from finetuna_lightning.ops.tiling import TILE_ROWS
 _SOURCE = Path(__file__).parent / "hopper.cu"
 _OPERANDS = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2}
 _TENSOR_MAP_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
-_THREADS = 384
-_COLUMNS = 256
-# as in hopper.cu: an alignment, four stages, two pieces of Y for each of eight warps, two barriers a stage
-_SHARED_BYTES = 1024 + 4 * (TILE_ROWS + _COLUMNS) * 128 + 8 * 2 * 16 * 128 + 4 * 2 * 8
+_COLUMNS, _STAGES, _THREADS = 256, 4, 384
+# as hopper.cu divides it: an alignment, the stages, two pieces of Y for each of eight warps, two barriers a stage
+_SHARED_BYTES = 1024 + _STAGES * (TILE_ROWS + _COLUMNS) * 128 + 8 * 2 * 16 * 128 + _STAGES * 2 * 8
 _KEPT_MAPS = 1 << 14
 _DIGEST = hashlib.sha256().digest_size
 
@@ -179,7 +178,9 @@ def _kernel(device: int, operands: int, result: int, along_n: bool) -> _Kernel |
     may be otherwise the next time (a GPU that is full) is raised: who computes must not depend on it."""
     if os.environ.get("FINETUNA_CUDA_KERNELS", "") == "0" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
-    defined = (f"-DOPERANDS={operands}", f"-DRESULT={result}", f"-DALONG_N={int(along_n)}")
+    kind = {"OPERANDS": operands, "RESULT": result, "ALONG_N": int(along_n)}
+    tile = {"ROWS": TILE_ROWS, "COLUMNS": _COLUMNS, "STAGES": _STAGES}
+    defined = (f"-D{name}={value}" for name, value in (kind | tile).items())
     try:
         with _lock, torch.cuda.device(device):
             return _made(device, ("--gpu-architecture=sm_90a", "-std=c++17", *defined))

@@ -1,5 +1,5 @@
-// What stands between the products of a decoder layer, on a CPU: each chain of elementwise steps in one pass over a row,
-// in float32, rounded to bfloat16 once. A row's result depends on nothing but the row.
+// What stands between the products of a decoder layer, on a CPU: each chain of elementwise steps in one pass over a
+// row, in float32, rounded to bfloat16 once. A row's result depends on nothing but the row.
 //
 // Compiled by ops/native.py, by g++. Columns of a row are contiguous; strides are in elements.
 
@@ -260,7 +260,8 @@ void cross_entropy(bfloat16* logits, const int64_t* labels, float* losses, int64
     });
 }
 
-// P = softmax(scale * scores), scale > 0, of [matrices, tokens, tokens], in place: of each row up to its own column, 0 beyond.
+// P = softmax(scale * scores), scale > 0, of [matrices, tokens, tokens], in place: of each row up to its own column, 0
+// beyond.
 void causal_softmax(bfloat16* scores, int64_t matrices, int64_t tokens, float scale, int threads) {
     each_row(matrices * tokens, tokens, threads, [=](int64_t i) {
         bfloat16* own = scores + i * tokens;
