@@ -259,6 +259,8 @@ def main(keys: list[str] | None = None, arguments: list[str] | None = None, desc
     if keys is None:
         parser.add_argument("workloads", nargs="+", choices=KEYS)
     given = parser.parse_args(arguments)
+    if not given.tiny and default_device().type == "cpu":
+        parser.error("no CUDA device for a backbone of 8 billion weights; --tiny runs a small shape on this CPU")
     with quiet():
         return execute(keys or given.workloads, given)
 

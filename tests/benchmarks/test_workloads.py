@@ -164,6 +164,13 @@ def test_more_arguments_are_python_values() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which would run it")
+def test_the_whole_shape_is_not_begun_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["w1"], ["--steps", "1", "--no-check"])
+    assert "--tiny runs a small shape on this CPU" in capsys.readouterr().err
+
+
 def test_a_peer_that_is_not_here_says_so() -> None:
     assert peers.chosen("all") == list(peers.PEERS)
     with pytest.raises(SystemExit, match="no qlora"):
