@@ -4,12 +4,14 @@ direction, however many adapters there are, their deltas added while it is writt
 ``Y = X W^T + low B^T`` with ``low = s X A^T``; backwards ``dlow = s dY B``, ``dX = dY W + dlow A``, ``dA = dlow^T X``,
 ``dB = dY^T low``: each row by its own adapter's A and B (arXiv 2106.09685). W stays in its 8 bits; with
 ``compute="int8"`` X and dY are quantised per row, W's row scales folded into dY, so that the one stored copy serves
-both directions; with ``"16bit"`` W is read out into scratch for each product. A, B and their gradients are in float32,
-their products in the activations' type. What a row gets does not depend on any other adapter's rows, to the bit.
+both directions; with ``"16bit"`` they are so in two int8 slices, 16 bits in all, where there is a kernel for that (see
+``hopper.py``; of bfloat16 and int8 storage), and elsewhere W is read out into scratch for each product. A, B and their
+gradients are in float32, their products in the activations' type. What a row gets does not depend on any other
+adapter's rows, to the bit.
 
 Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their
-RMSNorm, whose output is then never written but as the codes that the products read, and each can end with the addition
-of the residual stream. What they keep for the backward pass is said at each.
+RMSNorm, whose output is then, in int8, never written but as the codes that the products read, and each can end with the
+addition of the residual stream. What they keep for the backward pass is said at each.
 
 Shapes: T rows of the batch, d features, N outputs, f intermediate features; n adapters, R their padded rank."""
 
@@ -217,16 +219,41 @@ def _parameters(groups: Sequence[Deltas]) -> list[Tensor]:
 
 @dataclass
 class _Operand:
-    """Rows as the products take them: codes with a scale a row, or, ``scale`` being None, 16-bit values."""
+    """Rows as the products take them: codes, or two slices, with a scale a row; or, ``scale`` being None, 16-bit
+    values."""
 
     values: Tensor
     scale: Tensor | None = None
 
 
-def _operand(x: Tensor, compute: str, column_scale: Tensor | None = None) -> _Operand:
+def _slices(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> int:
+    """Of activations in ``dtype``, in int8, for the product with these weights, of one compute; 0: as they are."""
+    from finetuna_lightning.ops.kernels import hopper
+
+    if weights[0].compute == "int8":
+        return 1
+    wide = dtype == torch.bfloat16 and all(q.scheme == "int8" for q in weights)
+    return 2 if wide and hopper.takes_slices(weights[0].codes.device, dtype) else 0
+
+
+def _operand(x: Tensor, slices: int, column_scale: Tensor | None = None) -> _Operand:
     from finetuna_lightning.ops.kernels import rows
 
-    return _Operand(*rows.quantize(x, column_scale)) if compute == "int8" else _Operand(x)
+    return _Operand(*rows.quantize(x, column_scale, slices)) if slices else _Operand(x)
+
+
+def _both(y: Tensor | None, codes: Tensor | None, scale: Tensor | None) -> tuple[_Operand, _Operand]:
+    """A result as the products take it, and as low-rank products do, which may be the same (see ``rows.Quantized``)."""
+    given = [_Operand(values, scale) for values, scale in ((codes, scale), (y, None)) if values is not None]
+    return given[0], given[-1]
+
+
+def _fitted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As Hopper's kernel takes rows: of this type, each from a multiple of 16 bytes on."""
+    t = t.to(dtype)
+    apart = t.dim() > 1 and t.stride(0) * t.element_size() % 16
+    fits = t.stride(-1) == 1 and not apart and t.data_ptr() % 16 == 0
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(
@@ -236,9 +263,11 @@ def _forward(
     from finetuna_lightning.ops.kernels.gemm import gemm
 
     outputs = q.shape[0]
-    out = torch.empty(x.values.shape[0], outputs, dtype=dtype, device=x.values.device)
+    if x.values.dim() == 3:  # Triton's kernel would take anything
+        bias, residual = (t if t is None else _fitted(t, dtype) for t in (bias, residual))
+    out = torch.empty(x.values.shape[-2], outputs, dtype=dtype, device=x.values.device)
     if x.scale is not None:
-        weight, column_scale = q.codes, q.scale
+        weight, column_scale = q.codes, _fitted(q.scale, torch.float32)
     else:
         weight, column_scale = q.dequantize(dtype), None
     return gemm(
@@ -252,13 +281,13 @@ def _backward(
     delta: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:  # fmt: skip
     """The gradient of the layers' common input: [T, d] from theirs side by side [T, sum of N]. An int8 ``grad`` has
-    the weights' row scales within."""
+    the weights' row scales within, in one slice or two."""
     from finetuna_lightning.ops.kernels import rows
     from finetuna_lightning.ops.kernels.gemm import gemm
 
     inputs, outputs = weights[0].shape[1], sum(q.shape[0] for q in weights)
     device = grad.values.device
-    out = torch.empty(grad.values.shape[0], inputs, dtype=dtype, device=device)
+    out = torch.empty(grad.values.shape[-2], inputs, dtype=dtype, device=device)
     low, matrices = delta
     start = 0
     if grad.scale is None:
@@ -434,21 +463,19 @@ Norm = tuple[Tensor, float]
 """Weight [d] and epsilon of the RMSNorm before some layers."""
 
 
-def _normed(x: Tensor, norm: Norm | None, compute: str) -> tuple[_Operand, _Operand, Tensor | None]:
+def _normed(x: Tensor, norm: Norm | None, slices: int) -> tuple[_Operand, _Operand, Tensor | None]:
     """What the products take, what is kept of it for the backward pass, and 1 / rms [T] where there is a norm."""
     from finetuna_lightning.ops.kernels import rows
 
     if norm is None:
-        return _operand(x, compute), _Operand(x), None
-    values, scale, rstd = rows.norm(x, *norm, quantized=compute == "int8")
-    operand = _Operand(values, scale)
-    return operand, operand, rstd
+        return _operand(x, slices), _Operand(x), None
+    y, rstd = rows.norm(x, *norm, slices)
+    return *_both(*y), rstd
 
 
 def _rows(grad: Tensor) -> Tensor:
     """A gradient as the kernels take it: rows of contiguous features, 16 bytes aligned."""
-    aligned = grad.stride(-1) == 1 and grad.stride(0) * grad.element_size() % 16 == 0 and grad.data_ptr() % 16 == 0
-    return grad if aligned else grad.contiguous()
+    return _fitted(grad, grad.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -462,7 +489,8 @@ class _Linear(torch.autograd.Function):
         low = side.low(_Operand(x))
         ctx.q, ctx.plan, ctx.dtype = q, plan, x.dtype
         ctx.save_for_backward(x if plan.any else None, low)
-        return _forward(_operand(x, q.compute), q, bias, x.dtype, plan.tiling.tiles, side.outputs(0, low), residual)
+        operand = _operand(x, _slices([q], x.dtype))
+        return _forward(operand, q, bias, x.dtype, plan.tiling.tiles, side.outputs(0, low), residual)
 
     @staticmethod
     @once_differentiable
@@ -474,7 +502,7 @@ class _Linear(torch.autograd.Function):
         back = side.backward_low(grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            operand = _operand(grad, q.compute, q.scale)
+            operand = _operand(grad, _slices([q], ctx.dtype), q.scale)
             grad_x = _backward(operand, [q], ctx.dtype, plan.tiling.tiles, side.inputs(back))
         grad_residual = given if ctx.needs_input_grad[1] else None
         return (grad_x, grad_residual, None, None, None, *plan.given(side.gradients(_Operand(x), grad, low, back)))
@@ -494,7 +522,7 @@ class _Attention(torch.autograd.Function):
 
         batch, tokens, size = shape
         (side,) = plan.gathered(x.dtype)
-        operand, kept, rstd = _normed(x, norm, weights[0].compute)
+        operand, kept, rstd = _normed(x, norm, _slices(weights, x.dtype))
         low = side.low(kept)
         tiles, flat = plan.tiling.tiles, []
         for index, (q, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -522,7 +550,7 @@ class _Attention(torch.autograd.Function):
         back = side.backward_low(whole)
         grad_x = grads[3]
         if ctx.needs_input_grad[0]:
-            operand = _operand(whole, weights[0].compute, _scales(weights))
+            operand = _operand(whole, _slices(weights, x.dtype), _scales(weights))
             inner = _backward(operand, weights, x.dtype, plan.tiling.tiles, side.inputs(back))
             del operand
             if ctx.norm is None:
@@ -543,16 +571,17 @@ class _SwiGLU(torch.autograd.Function):
     ) -> Tensor:
         from finetuna_lightning.ops.kernels import rows
 
-        compute, dtype, tiles = weights[0].compute, x.dtype, plan.tiling.tiles
+        slices, dtype, tiles = _slices(weights, x.dtype), x.dtype, plan.tiling.tiles
         first, last = plan.gathered(dtype)
-        operand, kept, rstd = _normed(x, norm, compute)
+        operand, kept, rstd = _normed(x, norm, slices)
         low = first.low(kept)
         gate, up = (
             _forward(operand, q, None, dtype, tiles, first.outputs(index, low)) for index, q in enumerate(weights[:2])
         )
         del operand
-        h = _Operand(*rows.swiglu(gate, up, quantized=compute == "int8"))
-        low_h = last.low(h)
+        h, kept_h = _both(*rows.swiglu(gate, up, slices))
+        low_h = last.low(kept_h)
+        del kept_h
         ctx.weights, ctx.plan, ctx.norm = weights, plan, norm
         ctx.save_for_backward(x, *(() if rstd is None else (rstd, kept.values, kept.scale)), gate, up, low, low_h)
         return _forward(h, weights[2], None, dtype, tiles, last.outputs(0, low_h), None if norm is None else x)
@@ -564,13 +593,13 @@ class _SwiGLU(torch.autograd.Function):
 
         x, *saved, gate, up, low, low_h = ctx.saved_tensors
         weights, plan = ctx.weights, ctx.plan
-        compute, dtype, tiles = weights[0].compute, gate.dtype, plan.tiling.tiles
+        slices, dtype, tiles = _slices(weights, gate.dtype), gate.dtype, plan.tiling.tiles
         grad = _rows(grad)
         first, last = plan.gathered(dtype)
         back_h = last.backward_low(grad)
-        h = _backward(_operand(grad, compute, weights[2].scale), weights[2:], dtype, tiles, last.inputs(back_h))
-        column_scale = _scales(weights[:2]) if compute == "int8" else None
-        both, codes, scale = rows.swiglu_backward(h, gate, up, column_scale)
+        h = _backward(_operand(grad, slices, weights[2].scale), weights[2:], dtype, tiles, last.inputs(back_h))
+        column_scale = _scales(weights[:2]) if slices else None
+        both, codes, scale = rows.swiglu_backward(h, gate, up, column_scale, slices)
         outer_grads = last.gradients(_Operand(h), grad, low_h, back_h)  # h is now what went into down
         del h
         back = first.backward_low(both)
@@ -646,7 +675,8 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from finetuna_lightning.ops.kernels import rows
 
-        y, _, rstd = rows.norm(x, weight, eps)
+        (y, _, _), rstd = rows.norm(x, weight, eps)
+        assert y is not None
         ctx.save_for_backward(x, weight, rstd)
         return y
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="no Triton: it comes with torch's CUDA builds")
 
-from finetuna_lightning.ops.kernels import hopper
+from finetuna_lightning.ops.kernels import hopper, rows
 from finetuna_lightning.ops.kernels.gemm import config, gemm
 from finetuna_lightning.ops.tiling import tiling
 
@@ -26,6 +26,7 @@ DEVICE = torch.device("cuda")
 # one tile, an odd number, ragged, many, few rows, and more than the eight pairs that go together
 LENGTHS = ([128], [128] * 3, [77, 300, 1, 128], [1024] * 4, [5], [128] * 17 + [3], [128] * 21)
 SIZES = ((256, 64), (512, 256), (1032, 208), (4096, 1024), (64, 1040))
+FORMS = ("int8", "slices", "along K", "along N")
 ROUNDED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
@@ -55,6 +56,12 @@ def within(t: Tensor, before: int, after: int) -> Tensor:
 
 def operands(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any], Tensor]:
     """X, W, what else the product is told, and the product in float64."""
+    if form == "slices":
+        x, w = codes(2, m, k), codes(n, k, seed=1)
+        x[1] -= 1  # down to -128
+        scales = {"row_scale": random(m, dtype=torch.float32).abs() / 127, "column_scale": random(n, seed=2).float()}
+        sums = x[0].double() @ w.double().t() + torch.floor((x[1].double() @ w.double().t() + 128) / 256)
+        return x, within(w, 32, 64), scales, sums * scales["row_scale"].double()[:, None] * scales["column_scale"]
     if form == "int8":
         x, w = codes(m, k), codes(n, k, seed=1)
         scales = {"row_scale": random(m, dtype=torch.float32).abs() / 127, "column_scale": random(n, seed=2).float()}
@@ -68,7 +75,7 @@ def operands(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Ten
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("form", ["int8", "along K", "along N"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_product(lengths: list[int], form: str, dtype: torch.dtype) -> None:
     """Each matrix is a part of a wider one, of another width each."""
@@ -163,28 +170,69 @@ def test_int8_is_triton_s_to_the_bit() -> None:
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("form", ["int8", "along K", "along N"])
+@pytest.mark.parametrize("form", FORMS)
 def test_company_changes_no_bit(form: str) -> None:
     """Alone, and as the second of three whose neighbours are NaN in all that a float can be."""
     x, w, given, _ = operands(form, 400, 512, 256, torch.bfloat16)
     low, matrices, residual = random(400, 32, seed=3), random(3, 32, 512, seed=4), random(400, 512, seed=5)
     own = slice(130, 330)
-    for t in (low, residual, *([] if form == "int8" else [x])):
+    in_int8 = x.dtype == torch.int8
+    for t in (low, residual, *([] if in_int8 else [x])):
         t[:130], t[330:] = torch.nan, torch.nan
     matrices[0], matrices[2] = torch.nan, torch.nan
-    if form == "int8":
+    if in_int8:
         given["row_scale"][:130], given["row_scale"][330:] = torch.nan, torch.nan
     together = torch.empty(400, 512, device=DEVICE, dtype=torch.bfloat16)
     gemm(x, w, together, tiles_of([130, 200, 70]), **given, low=low, matrices=matrices, residual=residual)
-    if form == "int8":
+    if in_int8:
         given["row_scale"] = given["row_scale"][own].clone()
     alone = torch.empty(200, 512, device=DEVICE, dtype=torch.bfloat16)
     gemm(
-        x[own].clone(), w, alone, tiles_of([200]), **given,
+        x[..., own, :].clone(), w, alone, tiles_of([200]), **given,
         low=low[own].clone(), matrices=matrices[1:2].clone(), residual=residual[own].clone(),
     )  # fmt: skip
     assert torch.equal(together[own], alone) and not bool(alone.isnan().any())
     assert bool(together[:130].isnan().all()) and bool(together[330:].isnan().all())
+
+
+@pytest.mark.parametrize("k", [4096, 28672])
+def test_slices_are_closer_than_weights_in_16_bits(k: int) -> None:
+    """To the product of X, in bfloat16, and W: of plain rows by twenty times and more; of rows of one number a hundred or
+    ten thousand times the others about as close."""
+    x, w, scale = random(384, k), codes(256, k, seed=1), random(256, seed=2, dtype=torch.float32).abs()
+    x[128:256, 7] *= 100
+    x[256:, 9] = 1e4
+    values, row_scale = rows.quantize(x, slices=2)
+    wanted = x.double() @ (w.double() * scale.double()[:, None]).t()
+    shrink = 1 / wanted.abs().amax(1).float()
+    known = (wanted * shrink[:, None]).half()  # taken off before the result is rounded: what is left is the error
+    out = torch.empty(384, 256, device=DEVICE, dtype=torch.float16)
+    gemm(values, w, out, tiles_of([384]), row_scale=row_scale * shrink, column_scale=scale, residual=-known)
+    ours = out.double() + known.double() - wanted * shrink[:, None]
+    theirs = (x.double() @ (w.float() * scale[:, None]).bfloat16().double().t() - wanted) * shrink[:, None]
+    ratio = (ours.square().view(3, -1).mean(1) / theirs.square().view(3, -1).mean(1)).sqrt()
+    assert bool((ratio < torch.tensor([0.05, 0.6, 1.5], device=DEVICE)).all()), ratio
+
+
+def test_the_largest_slices_fit_their_sums() -> None:
+    k = 32768
+    x, w = torch.full((2, 128, k), 127, device=DEVICE, dtype=torch.int8), codes(64, 1).sign().expand(64, k) * 127
+    x[1, 64:] = -128
+    out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)
+    ones = torch.ones(128, device=DEVICE)
+    gemm(x, w.contiguous(), out, tiles_of([128]), row_scale=ones)
+    wanted = (x[0].double() + x[1].double() / 256) @ w.double().t()
+    assert bool(((out.double() - wanted).abs() <= wanted.abs() * 2.0**-8).all())
+
+
+def test_slices_are_nothing_for_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, given, _ = operands("slices", 128, 64, 64, torch.bfloat16)
+    out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)
+    for other in (x.transpose(1, 2).contiguous().transpose(1, 2), x[:1], x.float()):
+        assert not hopper.takes(other, w, out, *of(given))
+    monkeypatch.setattr(hopper, "takes", lambda *_: False)
+    with pytest.raises(ValueError, match=r"slices \[2, 128, 64\] are for Hopper's kernel"):
+        gemm(x, w, out, tiles_of([128]), **given)
 
 
 @pytest.mark.parametrize(
@@ -277,14 +325,15 @@ def test_what_was_compiled_is_kept(anew: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_cache_that_cannot_be_written(anew: Path) -> None:
     anew.write_text("no folder")
-    assert near(small()) and hopper._kernel(0, 0, 1, False) is not None
+    assert near(small()) and hopper._kernel(0, 0, 1, False, 1) is not None
 
 
 def test_left_out_where_nobody_wants_it(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNA_CUDA_KERNELS", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert near(small()) and hopper._kernel(0, 0, 1, False) is None
+        assert near(small()) and hopper._kernel(0, 0, 1, False, 1) is None
+        assert not hopper.takes_slices(torch.device("cuda", 0), torch.bfloat16)
     assert not anew.exists()
 
 
@@ -299,7 +348,7 @@ def test_done_without_and_said_once(anew: Path, monkeypatch: pytest.MonkeyPatch,
     else:
         (tmp_path / "hopper.cu").write_text("this is no C++;\n")
         monkeypatch.setattr(hopper, "_SOURCE", tmp_path / "hopper.cu")
-    said = "libnvrtc" if obstacle == "no NVRTC" else "NVRTC failed: hopper.cu.*error"
+    said = "libnvrtc" if obstacle == "no NVRTC" else r"NVRTC failed \(\d+\): hopper.cu.*error"
     with pytest.warns(UserWarning, match=f"Hopper's own kernel is left out, Triton's takes longer: .*{said}"):
         assert near(small())
     with warnings.catch_warnings():
@@ -319,4 +368,4 @@ def test_what_may_pass_is_raised_and_not_kept(anew: Path, monkeypatch: pytest.Mo
         patch.setattr(hopper, "_driver", Full)
         with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
             small()
-    assert near(small()) and hopper._kernel(0, 0, 1, False) is not None
+    assert near(small()) and hopper._kernel(0, 0, 1, False, 1) is not None

@@ -6,7 +6,8 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -31,16 +32,20 @@ from finetuna_lightning.nn import joint
 from finetuna_lightning.nn.blocks import FusedAttention, FusedLayer, FusedNorm, FusedSwiGLU
 from finetuna_lightning.nn.gradients import Gradients, Source
 from finetuna_lightning.nn.packing import packed_pass
+from finetuna_lightning.nn.quantized import QuantizedWeight
 from finetuna_lightning.nn.routing import Route
 from finetuna_lightning.ops.library import has_joint_kernels, quantized_linear
+from finetuna_lightning.ops.tiling import tiling
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or find_spec("triton") is None or not has_joint_kernels(CUDA),
     reason="the kernels for joint layers need a GPU of compute capability 9.0 or newer, and Triton",
 )
-FIGURES: dict[str, tuple[float, float]] = {"16bit": (2e-2, 4e-2), "int8": (5e-2, 1.2e-1)}
-"""By compute: how far output and gradients may lie from float64, of their norm."""
+FIGURES: dict[str, tuple[float, float]] = {
+    "16bit": (2e-2, 4e-2), "16bit, read out": (2e-2, 4e-2), "int8": (5e-2, 1.2e-1)
+}  # fmt: skip
+"""By compute: how far output and gradients may lie from float64, of their norm; "read out": without CUDA kernels."""
 RANKS = {"one": 4, "two": 20, "three": 16}
 LENGTHS = {"one": [40], "two": [24, 70], "three": [130]}
 
@@ -75,7 +80,29 @@ def bank_of(model: nn.Module, names: Sequence[str] = tuple(RANKS)) -> ft.Adapter
     return bank
 
 
-def run(
+def kernels() -> Any:
+    from finetuna_lightning.ops.kernels import hopper  # needs Triton
+
+    return hopper
+
+
+@contextmanager
+def without_cuda_kernels() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNA_CUDA_KERNELS", "0")
+        kernels()._kernel.cache_clear()
+        yield
+    kernels()._kernel.cache_clear()
+
+
+def run(compute: str, *args: Any, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """See ``passed``."""
+    compute, _, read_out = compute.partition(", ")
+    with without_cuda_kernels() if read_out else nullcontext():
+        return passed(compute, *args, **options)
+
+
+def passed(
     compute: str, names: Sequence[str] = tuple(RANKS), *, fuse: bool = True, dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda", recompute: bool = False, poison: str | None = None, rows: bool = False,
     gradients: Gradients | None = None, passes: int = 1, watch: Any = None,
@@ -181,6 +208,33 @@ def test_forward_and_every_gradient_agree_with_float64(compute: str, fuse: bool,
     assert gradients.keys() == true.keys()
     for name, exact in true.items():
         assert gradients[name].dtype == torch.float32 and distance(gradients[name], exact) < gradient, name
+
+
+@pytest.mark.parametrize(
+    ("change", "slices"), [("none", 2), ("float16", 0), ("another scheme", 0), ("no kernel", 0), ("int8 products", 1)]
+)
+def test_in_16_bits_it_is_slices_where_they_are_closer(change: str, slices: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper GPU")
+    torch.manual_seed(0)
+    scheme, dtype = ("fp8" if change == "another scheme" else "int8"), torch.bfloat16
+    weight = QuantizedWeight.from_weight(torch.randn(48, 64), scheme).cuda()
+    if change == "int8 products":
+        weight.compute = "int8"
+    if change == "float16":
+        dtype = torch.float16
+    x = torch.randn(40, 64, device="cuda").to(dtype).requires_grad_()
+    bias, residual = torch.randn(48, device="cuda"), torch.randn(40, 49, device="cuda", dtype=dtype)[:, 1:]
+    cut = tiling([("one", 0, 40)], CUDA)
+    with without_cuda_kernels() if change == "no kernel" else nullcontext():
+        assert joint._slices([weight], dtype) == slices
+        # a bias in 32 bits and rows at odd addresses are no obstacle
+        y = joint.linear(x, weight, bias, [None], cut, residual)
+        y.backward(torch.ones_like(y))
+    matrix = weight.dequantize(torch.float64)
+    bound = 2e-2 if slices == 1 else 4e-3
+    assert distance(y, x.double() @ matrix.t() + bias + residual.double()) < bound
+    assert x.grad is not None and distance(x.grad, torch.ones_like(y).double() @ matrix) < bound
 
 
 @pytest.mark.parametrize("recompute", [False, True])

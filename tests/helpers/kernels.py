@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import bitsandbytes.functional
@@ -76,10 +77,15 @@ def check_quantize(case: Case) -> None:
         codes, scale = rows.quantize(x, scales)
         assert float((codes * scale[:, None].double() - exact).abs().max()) <= float(scale.max()) * 0.51
         assert torch.equal(codes[3], torch.zeros_like(codes[3])) and not scale[3]
+        (whole, rest), same = rows.quantize(x, scales, slices=2)
+        assert torch.equal(same, scale) and int((whole - codes).abs().max()) <= 1
+        inexact = (whole.double() + rest.double() / 256) * scale[:, None] - exact
+        assert float(inexact.abs().max()) <= float(scale.max()) * 0.51 / 256
         x[2, 5] = torch.nan
-        poisonous = rows.quantize(x, scales)[1]
-        assert poisonous.isfinite().tolist() == [True, True, False, True, True, True, True]
-        assert torch.equal(poisonous[3:], scale[3:])
+        for slices in (1, 2):
+            poisonous = rows.quantize(x, scales, slices)[1]
+            assert poisonous.isfinite().tolist() == [True, True, False, True, True, True, True]
+            assert torch.equal(poisonous[3:], scale[3:])
 
 
 def check_quantize_as_the_reference(case: Case) -> None:
@@ -121,14 +127,25 @@ def check_norm(case: Case) -> None:
     exact = x.double().requires_grad_()
     y = exact * torch.rsqrt(exact.square().mean(1, keepdim=True) + 1e-6) * weight.double()
     y.backward(grad.double())
-    got, none, rstd = rows.norm(x, weight, 1e-6)
-    assert none is None and distance(got, y) < 2 * case.bound
-    codes, scale, same = rows.norm(x, weight, 1e-6, quantized=True)
-    assert scale is not None and torch.allclose(same, rstd, rtol=1e-6)
-    assert float((codes * scale[:, None] - got).abs().max()) <= float(scale.max()) * (0.5 + 127 * case.bound)
+    (got, *none), rstd = rows.norm(x, weight, 1e-6)
+    assert none == [None, None] and got is not None and distance(got, y) < 2 * case.bound
+    sliced(got, lambda slices: rows.norm(x, weight, 1e-6, slices)[0])
+    for slices in (1, 2):
+        assert torch.equal(rows.norm(x, weight, 1e-6, slices)[1], rstd)
     assert exact.grad is not None
     assert distance(rows.norm_backward(grad, x, weight, rstd), exact.grad) < case.bound
     assert distance(rows.norm_backward(grad, x, weight, rstd, residual), exact.grad + residual) < case.bound
+
+
+def sliced(wanted: Tensor, given: Callable[[int], rows.Quantized]) -> None:
+    """What is ``given`` of a result in one slice and in two, where ``wanted`` is the result."""
+    again, codes, scale = given(1)
+    assert again is None and codes is not None and scale is not None
+    assert float((codes * scale[:, None].double() - wanted).abs().max()) <= float(scale.max()) * 0.51
+    again, codes, scale = given(2)
+    assert again is not None and torch.equal(again, wanted) and codes is not None and scale is not None
+    error = (codes[0].double() + codes[1].double() / 256) * scale[:, None] - wanted
+    assert float(error.abs().max()) <= float(scale.max()) * 0.51 / 256
 
 
 def check_rotate(case: Case) -> None:
@@ -168,18 +185,18 @@ def check_swiglu(case: Case) -> None:
         h.backward(grad.double())
         assert gates.grad is not None and ups.grad is not None
         wanted, columns = torch.cat([gates.grad, ups.grad], 1), case.uniform(2 * width)
-        got, none = rows.swiglu(gate, up, quantized=False)
-        assert none is None and distance(got, h) < case.bound
-        codes, scale = rows.swiglu(gate, up, quantized=True)
-        assert scale is not None and float((codes * scale[:, None] - got).abs().max()) <= float(scale.max()) * 0.51
-        for column in (None, columns):
+        got, *none = rows.swiglu(gate, up, 0)
+        assert none == [None, None] and got is not None and distance(got, h) < case.bound
+        sliced(got, partial(rows.swiglu, gate, up))
+        for slices in (0, 1, 2):
             own = grad.clone()
-            both, codes_, scale_ = rows.swiglu_backward(own, gate, up, column)
+            both, codes, scale = rows.swiglu_backward(own, gate, up, columns if slices else None, slices)
             assert distance(both, wanted) < case.bound and distance(own, h) < case.bound
-            if column is not None:
-                assert codes_ is not None and scale_ is not None
-                error = codes_ * scale_[:, None].double() - both.double() * column.double()
-                assert float(error.abs().max()) <= float(scale_.max()) * 0.51
+            if slices:
+                assert codes is not None and scale is not None
+                parts = codes.double() if slices == 1 else codes[0].double() + codes[1].double() / 256
+                error = parts * scale[:, None] - both.double() * columns.double()
+                assert float(error.abs().max()) <= float(scale.max()) * 0.51 / (1, 256)[slices - 1]
 
 
 def check_lowrank(case: Case) -> None:

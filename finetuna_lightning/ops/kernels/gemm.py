@@ -129,7 +129,8 @@ def gemm(
     """Fill ``out`` [M, N] (16 bits, rows contiguous) with the product; see the module's equation.
 
     Args:
-        a: [M, K], int8 with ``row_scale`` [M] float32, or 16 bits. Strides of its rows are multiples of 16 bytes.
+        a: [M, K], int8 with ``row_scale`` [M] float32, or 16 bits. Strides of its rows are multiples of 16 bytes. Where
+            ``hopper.takes_slices``, also [2, M, K]: codes, and what they leave in 256ths of their unit.
         b: [N, K] of a's type; [K, N] with ``b_is_kn`` (16 bits only).
         tiles: int32 [3, tiles]: first row, end row and adapter of each tile of at most ``TILE_ROWS`` rows.
         column_scale, bias: [N].
@@ -141,6 +142,8 @@ def gemm(
     if options is None and hopper.takes(a, b, out, row_scale, column_scale, bias, residual, low, matrices, b_is_kn):
         hopper.product(a, b, out, tiles, row_scale, column_scale, bias, residual, low, matrices, b_is_kn)
         return out
+    if a.dim() == 3:
+        raise ValueError(f"slices {list(a.shape)} are for Hopper's kernel, which does not take this product")
     k = a.shape[1]
     n = out.shape[1]
     int8 = a.dtype == torch.int8

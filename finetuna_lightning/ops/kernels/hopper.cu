@@ -1,6 +1,10 @@
 // Y = s_x (X W^T) s_w + low M + bias + residual on Hopper's matrix units: gemm.py says what each is, hopper.py compiles
-// this for OPERANDS and RESULT (0 int8, 1 bfloat16, 2 float16), for W in rows along K, or ALONG_N, and for ROWS and
-// COLUMNS of a tile and STAGES of the ring, by which it is launched too.
+// this for OPERANDS and RESULT (0 int8, 1 bfloat16, 2 float16), for W in rows along K, or ALONG_N, for one or two SLICES
+// of X, and for ROWS and COLUMNS of a tile and STAGES of the ring, by which it is launched too.
+//
+// Two slices are X in 16 bits: int8 codes, and what they leave in 256ths of their unit, in int8 as well (arXiv
+// 2306.11975 multiplies floats so). The remainders' products come first; their sum is rounded to the codes' unit, and
+// the codes' are added to it, all of it in int32.
 //
 // Two blocks make a cluster. Each has 128 rows of X of its own, both have the same 256 columns, so that either reads
 // half of W's tile and the copy engine puts it into both ("multicast": a third less to read from L2). One warp group
@@ -21,12 +25,14 @@ struct Given {
     const void *bias;
     const void *residual;
     const int *tiles;
-    int n, k, c, step, stride_out, stride_residual, tile_count;
+    int n, k, c, step, stride_out, stride_residual, tile_count, slice;
 };
 
 constexpr int BLOCK_K = OPERANDS == 0 ? 128 : 64;  // 128 bytes
+static_assert(SLICES == 1 || SLICES == 2 && OPERANDS == 0, "floats are not sliced");
 static_assert(ROWS == 128 && COLUMNS == 256, "two warp groups of 64 x 256, the widest product there is");
 constexpr int GROUP = 8;
+constexpr u32 HALF = 128;  // of the codes' unit, in remainders
 constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PANEL = 64 * 128;         // of a tile of W along N: 64 columns, 64 rows of 128 bytes
 constexpr int PIECE = 16 * 128;         // of a tile of Y, on its way out: 16 rows, 64 columns
@@ -148,11 +154,18 @@ __device__ __forceinline__ u32 times(float a, float b) { return __float_as_uint(
 __device__ __forceinline__ u32 plus(float a, float b) { return __float_as_uint(__fadd_rn(a, b)); }
 // the units write d while the threads go on: what they do with it stays before a beginning, and behind an end
 __device__ __forceinline__ void settled(u32 (&d)[128]) { asm volatile("" : R64(D, 0), R64(D, 64)::"memory"); }
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_begin(u32 (&d)[128]) {
+    settled(d);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT>
 __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+__device__ __forceinline__ void products_wait_all(u32 (&d)[128]) {
+    products_wait<0>();
+    settled(d);
 }
 
 __device__ __forceinline__ u32 pack(u32 low, u32 high) {
@@ -229,11 +242,13 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
         if (threadIdx.x == 0) {
             for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
                 const Unit u = unit_of(unit, rank, g);
-                for (int block = 0; block < blocks; ++block, at.next()) {
+                for (int each = 0; each < SLICES * blocks; ++each, at.next()) {
                     const u32 a = base + at.stage * STAGE_BYTES, b = a + A_BYTES, bar = full + 8 * at.stage;
+                    const bool second = SLICES == 2 && each < blocks;
+                    const int block = SLICES == 2 && !second ? each - blocks : each;
                     barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
                     barrier_expect(bar, STAGE_BYTES);
-                    load(a, a_map, bar, block * BLOCK_K, u.start);
+                    load(a, a_map, bar, block * BLOCK_K, second ? g.slice + u.start : u.start);
 #if ALONG_N
                     for (int i = 2 * rank; i < 2 * rank + 2; ++i)
                         load_both(b + i * PANEL, b_map, bar, u.n0 + 64 * i, block * BLOCK_K);
@@ -261,15 +276,15 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
         for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
             u32 d[128];
 #pragma unroll
-            for (int i = 0; i < 128; ++i) d[i] = 0;
+            for (int i = 0; i < 128; ++i) d[i] = SLICES == 2 ? HALF : 0;
             Unit u;
             int strip, before = 0;
             float scale, scale8, columns[8];
-            for (int block = 0; block < blocks; ++block, at.next()) {
+            for (int block = 0; block < SLICES * blocks; ++block, at.next()) {
                 const u32 a = base + at.stage * STAGE_BYTES + group * A_BYTES / 2;
                 const u32 b = base + at.stage * STAGE_BYTES + A_BYTES;
                 barrier_wait(full + 8 * at.stage, at.parity);
-                products_begin();
+                products_begin(d);
 #pragma unroll
                 for (int part = 0; part < 4; ++part) {
 #if ALONG_N
@@ -294,6 +309,13 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                 products_wait<1>();
                 if (block > 0 && speaks) barrier_arrive(empty + 8 * before, thread % 128);
                 before = at.stage;
+#if SLICES == 2
+                if (block == blocks - 1) {  // the remainders': to the codes' unit
+                    products_wait_all(d);
+#pragma unroll
+                    for (int i = 0; i < 128; ++i) d[i] = (u32)((int)d[i] >> 8);
+                }
+#endif
             }
             uint4 added[16];
             if (g.residual)
@@ -303,7 +325,7 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                     const u16 *from = (const u16 *)g.residual + (long long)row * g.stride_residual + column;
                     added[i] = row < u.stop && column < g.n ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
                 }
-            products_wait<0>();
+            products_wait_all(d);
             if (speaks) barrier_arrive(empty + 8 * before, thread % 128);
             if (g.row_scale)
 #pragma unroll
@@ -322,10 +344,10 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                 const u32 b = base + at.stage * STAGE_BYTES + A_BYTES;
                 barrier_wait(full + 8 * at.stage, at.parity);
                 for (int part = 0; part < min(64, g.c - c) / 16; ++part) {
-                    products_begin();
+                    products_begin(d);
                     multiply_delta(d, matrix(a + 32 * part, 16), matrix(b + 2048 * part, PANEL));
                     products_commit();
-                    products_wait<0>();
+                    products_wait_all(d);
                 }
                 if (speaks) barrier_arrive(empty + 8 * at.stage, thread % 128);
             }

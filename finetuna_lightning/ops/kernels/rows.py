@@ -34,6 +34,19 @@ def _codes(x, scale):
 
 
 @triton.jit
+def _store_codes(codes_ptr, at, x, scale, inside, plane, SLICES: tl.constexpr):
+    """Codes; and with two slices, ``plane`` further on, what they leave, in 256ths of their unit."""
+    if SLICES == 1:
+        tl.store(codes_ptr + at, _codes(x, scale), mask=inside)
+    else:
+        inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
+        whole = tl.minimum(tl.maximum(_round(x * inverse * 256.0), -32512.0), 32512.0)
+        codes = tl.floor((whole + 128.0) / 256.0)
+        tl.store(codes_ptr + at, codes.to(tl.int8), mask=inside)
+        tl.store(codes_ptr + plane + at, (whole - codes * 256.0).to(tl.int8), mask=inside)
+
+
+@triton.jit
 def _scaled(x_ptr, column_ptr, at, inside, COLUMN: tl.constexpr):
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if COLUMN:
@@ -43,16 +56,16 @@ def _scaled(x_ptr, column_ptr, at, inside, COLUMN: tl.constexpr):
 
 @Kernel
 @triton.jit
-def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, stride_c, COLUMN: tl.constexpr,
+def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, plane, COLUMN: tl.constexpr, SLICES: tl.constexpr,
               ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x_ptr += row * stride_x
-    codes_ptr += row * stride_c
+    codes_ptr += row * d
     if ONE_PASS:
         x = _scaled(x_ptr, column_ptr, at, at < d, COLUMN)
         scale = _scale(tl.abs(x))
-        tl.store(codes_ptr + at, _codes(x, scale), mask=at < d)
+        _store_codes(codes_ptr, at, x, scale, at < d, plane, SLICES)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, d, BLOCK):
@@ -61,23 +74,31 @@ def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, stride_c, CO
         scale = _scale(top)
         for start in range(0, d, BLOCK):
             x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
-            tl.store(codes_ptr + start + at, _codes(x, scale), mask=start + at < d)
+            _store_codes(codes_ptr, start + at, x, scale, start + at < d, plane, SLICES)
     tl.store(scale_ptr + row, scale)
 
 
 _ONE_PASS = 16384  # features of a row that one program keeps in registers
 
 
-def quantize(x: Tensor, column_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _codes_for(tokens: int, d: int, slices: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for codes [T, d], or two slices [2, T, d], and their scales."""
+    shape = (tokens, d) if slices == 1 else (slices, tokens, d)
+    return torch.empty(shape, dtype=torch.int8, device=device), torch.empty(tokens, device=device)
+
+
+def quantize(x: Tensor, column_scale: Tensor | None = None, slices: int = 1) -> tuple[Tensor, Tensor]:
     """x [T, d], times ``column_scale`` [d] where given, in int8 with one scale a row: (codes [T, d], scale [T]). The
-    scale of a row that holds a NaN or an infinity is not finite, so that the row's products are not either."""
+    scale of a row that holds a NaN or an infinity is not finite, so that the row's products are not either.
+
+    In two ``slices`` [2, T, d] it is ``(codes + rest / 256) * scale``: 16 bits, of which the codes are nearest to x,
+    and the rest is from -128 to 127."""
     tokens, d = x.shape
-    codes = torch.empty(tokens, d, dtype=torch.int8, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    codes, scale = _codes_for(tokens, d, slices, x.device)
     block = min(next_power_of_2(d), _ONE_PASS)
     _quantize(
-        (tokens,), x, codes, scale, column_scale, d, x.stride(0), codes.stride(0), COLUMN=column_scale is not None,
-        ONE_PASS=d <= block, BLOCK=block, num_warps=_row_warps(block),
+        (tokens,), x, codes, scale, column_scale, d, x.stride(0), tokens * d, COLUMN=column_scale is not None,
+        SLICES=slices, ONE_PASS=d <= block, BLOCK=block, num_warps=_row_warps(block),
     )  # fmt: skip
     return codes, scale
 
@@ -139,7 +160,7 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
 
 @Kernel
 @triton.jit
-def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, QUANTIZE: tl.constexpr,
+def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, plane, SLICES: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -150,13 +171,13 @@ def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stri
     tl.store(rstd_ptr + row, rstd)
     y = (x * rstd).to(given.dtype).to(tl.float32)  # rounded where transformers' own RMSNorm rounds
     y = (y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(given.dtype)
-    if QUANTIZE:
+    if SLICES != 1:
+        tl.store(y_ptr + row * d + at, y, mask=inside)
+    if SLICES:
         y = y.to(tl.float32)
         scale = _scale(tl.abs(y))
-        tl.store(codes_ptr + row * d + at, _codes(y, scale), mask=inside)
+        _store_codes(codes_ptr + row * d, at, y, scale, inside, plane, SLICES)
         tl.store(scale_ptr + row, scale)
-    else:
-        tl.store(y_ptr + row * d + at, y, mask=inside)
 
 
 @Kernel
@@ -180,17 +201,25 @@ def _row_warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, *, quantized: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
-    """RMSNorm of x [T, d] (arXiv 1910.07467): (``x / rms(x) * weight`` [T, d], None, ``1 / rms(x)`` float32 [T]); with
-    ``quantized``, the first as int8 codes, and their scale a row [T] in the second's place."""
+Quantized = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""A result y [T, d] in its own type, its int8 codes and their scale a row, as ``quantize`` gives them: y alone where
+there are to be no slices, the latter two where there is to be one, and all of them where there are to be two."""
+
+
+def _results(tokens: int, d: int, slices: int, like: Tensor) -> Quantized:
+    y = None if slices == 1 else torch.empty(tokens, d, dtype=like.dtype, device=like.device)
+    return (y, *(_codes_for(tokens, d, slices, like.device) if slices else (None, None)))
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, slices: int = 0) -> tuple[Quantized, Tensor]:
+    """RMSNorm of x [T, d] (arXiv 1910.07467): ``x / rms(x) * weight``, and ``1 / rms(x)`` float32 [T]."""
     tokens, d = x.shape
-    y = torch.empty(tokens, d, dtype=torch.int8 if quantized else x.dtype, device=x.device)
+    y, codes, scale = _results(tokens, d, slices, x)
     rstd = torch.empty(tokens, device=x.device)
-    scale = torch.empty(tokens, device=x.device) if quantized else None
     block = next_power_of_2(d)
-    _norm((tokens,), x, weight, None if quantized else y, y if quantized else None, scale, rstd, d, eps, x.stride(0),
-          QUANTIZE=quantized, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
-    return y, scale, rstd
+    _norm((tokens,), x, weight, y, codes, scale, rstd, d, eps, x.stride(0), tokens * d, SLICES=slices, BLOCK=block,
+          num_warps=_row_warps(block))  # fmt: skip
+    return (y, codes, scale), rstd
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -282,43 +311,44 @@ def _gated(gate_ptr, up_ptr, at, inside):
 
 @Kernel
 @triton.jit
-def _swiglu(gate_ptr, up_ptr, h_ptr, codes_ptr, scale_ptr, f, QUANTIZE: tl.constexpr, ONE_PASS: tl.constexpr,
+def _swiglu(gate_ptr, up_ptr, h_ptr, codes_ptr, scale_ptr, f, plane, SLICES: tl.constexpr, ONE_PASS: tl.constexpr,
             BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     gate_ptr += row * f
     up_ptr += row * f
     at = tl.arange(0, BLOCK)
-    if not QUANTIZE:
-        for start in range(0, f, BLOCK):
-            h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
-            tl.store(h_ptr + row * f + start + at, h, mask=start + at < f)
-    elif ONE_PASS:
-        h = _gated(gate_ptr, up_ptr, at, at < f).to(tl.float32)
-        scale = _scale(tl.abs(h))
-        tl.store(codes_ptr + row * f + at, _codes(h, scale), mask=at < f)
-        tl.store(scale_ptr + row, scale)
+    if ONE_PASS:
+        h = _gated(gate_ptr, up_ptr, at, at < f)
+        if SLICES != 1:
+            tl.store(h_ptr + row * f + at, h, mask=at < f)
+        if SLICES:
+            h = h.to(tl.float32)
+            scale = _scale(tl.abs(h))
+            _store_codes(codes_ptr + row * f, at, h, scale, at < f, plane, SLICES)
+            tl.store(scale_ptr + row, scale)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, f, BLOCK):
-            h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
-            top = tl.maximum(top, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
-        scale = _scale(top)
-        for start in range(0, f, BLOCK):
-            h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
-            tl.store(codes_ptr + row * f + start + at, _codes(h, scale), mask=start + at < f)
-        tl.store(scale_ptr + row, scale)
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
+            if SLICES != 1:
+                tl.store(h_ptr + row * f + start + at, h, mask=start + at < f)
+            top = tl.maximum(top, tl.abs(h.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
+        if SLICES:
+            scale = _scale(top)
+            for start in range(0, f, BLOCK):
+                h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
+                _store_codes(codes_ptr + row * f, start + at, h, scale, start + at < f, plane, SLICES)
+            tl.store(scale_ptr + row, scale)
 
 
-def swiglu(gate: Tensor, up: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor | None]:
-    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202), and None; or with ``quantized`` its int8 codes, and their scale
-    a row [T]."""
+def swiglu(gate: Tensor, up: Tensor, slices: int) -> Quantized:
+    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202)."""
     tokens, f = gate.shape
-    h = torch.empty(tokens, f, dtype=torch.int8 if quantized else gate.dtype, device=gate.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
+    h, codes, scale = _results(tokens, f, slices, gate)
     block = _gated_block(f)
-    _swiglu((tokens,), gate, up, None if quantized else h, h if quantized else None, scale, f, QUANTIZE=quantized,
-            ONE_PASS=f <= block, BLOCK=block, num_warps=_row_warps(block))  # fmt: skip
-    return h, scale
+    _swiglu((tokens,), gate, up, h, codes, scale, f, tokens * f, SLICES=slices, ONE_PASS=f <= block, BLOCK=block,
+            num_warps=_row_warps(block))  # fmt: skip
+    return h, codes, scale
 
 
 def _gated_block(f: int) -> int:
@@ -346,7 +376,7 @@ def _gated_backward(grad_ptr, gate_ptr, up_ptr, out_ptr, f, at, inside):
 @Kernel
 @triton.jit
 def _swiglu_backward(
-    grad_ptr, gate_ptr, up_ptr, out_ptr, codes_ptr, scale_ptr, column_ptr, f, QUANTIZE: tl.constexpr,
+    grad_ptr, gate_ptr, up_ptr, out_ptr, codes_ptr, scale_ptr, column_ptr, f, plane, SLICES: tl.constexpr,
     ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -358,44 +388,45 @@ def _swiglu_backward(
     if ONE_PASS:
         inside = at < f
         d_gate, d_up = _gated_backward(grad_ptr, gate_ptr, up_ptr, out_ptr, f, at, inside)
-        if QUANTIZE:
+        if SLICES:
             d_gate = d_gate * tl.load(column_ptr + at, mask=inside, other=0.0)
             d_up = d_up * tl.load(column_ptr + f + at, mask=inside, other=0.0)
             scale = _scale(tl.maximum(tl.abs(d_gate), tl.abs(d_up), propagate_nan=tl.PropagateNan.ALL))
             codes_ptr += row * 2 * f
-            tl.store(codes_ptr + at, _codes(d_gate, scale), mask=inside)
-            tl.store(codes_ptr + f + at, _codes(d_up, scale), mask=inside)
+            _store_codes(codes_ptr, at, d_gate, scale, inside, plane, SLICES)
+            _store_codes(codes_ptr + f, at, d_up, scale, inside, plane, SLICES)
             tl.store(scale_ptr + row, scale)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, f, BLOCK):
             inside = start + at < f
             d_gate, d_up = _gated_backward(grad_ptr, gate_ptr, up_ptr, out_ptr, f, start + at, inside)
-            if QUANTIZE:
+            if SLICES:
                 d_gate = d_gate * tl.load(column_ptr + start + at, mask=inside, other=0.0)
                 d_up = d_up * tl.load(column_ptr + f + start + at, mask=inside, other=0.0)
                 top = tl.maximum(top, tl.abs(d_gate), propagate_nan=tl.PropagateNan.ALL)
                 top = tl.maximum(top, tl.abs(d_up), propagate_nan=tl.PropagateNan.ALL)
-        if QUANTIZE:
+        if SLICES:
             scale = _scale(top)
             tl.debug_barrier()  # what other threads of this program wrote above
+            codes_ptr += row * 2 * f
             for start in range(0, 2 * f, BLOCK):
                 x = _scaled(out_ptr, column_ptr, start + at, start + at < 2 * f, True)
-                tl.store(codes_ptr + row * 2 * f + start + at, _codes(x, scale), mask=start + at < 2 * f)
+                _store_codes(codes_ptr, start + at, x, scale, start + at < 2 * f, plane, SLICES)
             tl.store(scale_ptr + row, scale)
 
 
 def swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, column_scale: Tensor | None, options: dict[str, int] | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of ``swiglu``: (d_gate and d_up side by side [T, 2f], and, with ``column_scale`` [2f], the same
-    times it in int8, with one scale a row for both). ``grad`` [T, f] is overwritten with ``silu(gate) * up``."""
+    grad: Tensor, gate: Tensor, up: Tensor, column_scale: Tensor | None, slices: int,
+    options: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of ``swiglu``: (d_gate and d_up side by side [T, 2f]; and where there are to be slices, the same
+    times ``column_scale`` [2f] in int8, and one scale a row for both). ``grad`` [T, f] is overwritten with
+    ``silu(gate) * up``."""
     tokens, f = gate.shape
     out = torch.empty(tokens, 2 * f, dtype=gate.dtype, device=gate.device)
-    quantized = column_scale is not None
-    codes = torch.empty(tokens, 2 * f, dtype=torch.int8, device=gate.device) if quantized else None
-    scale = torch.empty(tokens, dtype=torch.float32, device=gate.device) if quantized else None
+    codes, scale = _codes_for(tokens, 2 * f, slices, gate.device) if slices else (None, None)
     chosen = options or {"BLOCK": min(4096, next_power_of_2(f)), "num_warps": 16}  # 8 warps: 715 us, 16: 584
-    _swiglu_backward((tokens,), grad, gate, up, out, codes, scale, column_scale, f, QUANTIZE=quantized,
+    _swiglu_backward((tokens,), grad, gate, up, out, codes, scale, column_scale, f, 2 * tokens * f, SLICES=slices,
                      ONE_PASS=f <= chosen["BLOCK"], **chosen)  # fmt: skip
     return out, codes, scale
