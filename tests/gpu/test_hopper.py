@@ -197,8 +197,8 @@ def test_company_changes_no_bit(form: str) -> None:
 
 @pytest.mark.parametrize("k", [4096, 28672])
 def test_slices_are_closer_than_weights_in_16_bits(k: int) -> None:
-    """To the product of X, in bfloat16, and W: of plain rows by twenty times and more; of rows of one number a hundred or
-    ten thousand times the others about as close."""
+    """To the product of X, in bfloat16, and W: of plain rows by twenty times and more; of rows of one number a hundred
+    or ten thousand times the others about as close."""
     x, w, scale = random(384, k), codes(256, k, seed=1), random(256, seed=2, dtype=torch.float32).abs()
     x[128:256, 7] *= 100
     x[256:, 9] = 1e4
