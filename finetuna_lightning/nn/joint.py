@@ -10,8 +10,8 @@ gradients are in float32, their products in the activations' type. What a row ge
 adapter's rows, to the bit.
 
 Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their
-RMSNorm, whose output is then, in int8, never written but as the codes that the products read, and each can end with the
-addition of the residual stream. What they keep for the backward pass is said at each.
+RMSNorm, whose output is then never written but as the codes that the products read, and each can end with the addition
+of the residual stream. What they keep for the backward pass is said at each.
 
 Shapes: T rows of the batch, d features, N outputs, f intermediate features; n adapters, R their padded rank."""
 
@@ -242,12 +242,6 @@ def _operand(x: Tensor, slices: int, column_scale: Tensor | None = None) -> _Ope
     return _Operand(*rows.quantize(x, column_scale, slices)) if slices else _Operand(x)
 
 
-def _both(y: Tensor | None, codes: Tensor | None, scale: Tensor | None) -> tuple[_Operand, _Operand]:
-    """A result as the products take it, and as low-rank products do, which may be the same (see ``rows.Quantized``)."""
-    given = [_Operand(values, scale) for values, scale in ((codes, scale), (y, None)) if values is not None]
-    return given[0], given[-1]
-
-
 def _fitted(t: Tensor, dtype: torch.dtype) -> Tensor:
     """As Hopper's kernel takes rows: of this type, each from a multiple of 16 bytes on."""
     t = t.to(dtype)
@@ -469,8 +463,9 @@ def _normed(x: Tensor, norm: Norm | None, slices: int) -> tuple[_Operand, _Opera
 
     if norm is None:
         return _operand(x, slices), _Operand(x), None
-    y, rstd = rows.norm(x, *norm, slices)
-    return *_both(*y), rstd
+    values, scale, rstd = rows.norm(x, *norm, slices)
+    operand = _Operand(values, scale)
+    return operand, operand, rstd
 
 
 def _rows(grad: Tensor) -> Tensor:
@@ -579,9 +574,8 @@ class _SwiGLU(torch.autograd.Function):
             _forward(operand, q, None, dtype, tiles, first.outputs(index, low)) for index, q in enumerate(weights[:2])
         )
         del operand
-        h, kept_h = _both(*rows.swiglu(gate, up, slices))
-        low_h = last.low(kept_h)
-        del kept_h
+        h = _Operand(*rows.swiglu(gate, up, slices))
+        low_h = last.low(h)
         ctx.weights, ctx.plan, ctx.norm = weights, plan, norm
         ctx.save_for_backward(x, *(() if rstd is None else (rstd, kept.values, kept.scale)), gate, up, low, low_h)
         return _forward(h, weights[2], None, dtype, tiles, last.outputs(0, low_h), None if norm is None else x)
@@ -675,8 +669,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from finetuna_lightning.ops.kernels import rows
 
-        (y, _, _), rstd = rows.norm(x, weight, eps)
-        assert y is not None
+        y, _, rstd = rows.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 

@@ -85,11 +85,17 @@ def gather(table: Tensor, size: int, widest: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@triton.jit
+def _joined(codes, rest):
+    """Two slices of X, in units of the first."""
+    return codes.to(tl.float32) + rest.to(tl.float32) * 0.00390625
+
+
 @Kernel
-@triton.jit(do_not_specialize=["tile_count"])
+@triton.jit(do_not_specialize=["tokens", "tile_count"])
 def _down(
-    x_desc, m_desc, out_ptr, row_scale_ptr, scale_ptr, tiles_ptr, K, C, stride_out, tile_count,
-    BM: tl.constexpr, BK: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, INT8: tl.constexpr,
+    x_desc, m_desc, out_ptr, row_scale_ptr, scale_ptr, tiles_ptr, K, C, stride_out, tokens, tile_count,
+    BM: tl.constexpr, BK: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     tile = pid // PARTS
@@ -102,11 +108,14 @@ def _down(
     kind = out_ptr.dtype.element_ty
     acc = tl.zeros((BM, CB), dtype=tl.float32)
     for k in range(0, K, BK):
-        acc = tl.dot(x_desc.load([start, k]).to(kind), m_desc.load([adapter * C + c0, k]).T, acc)
+        x = x_desc.load([start, k])
+        if SLICES == 2:
+            x = _joined(x, x_desc.load([tokens + start, k]))
+        acc = tl.dot(x.to(kind), m_desc.load([adapter * C + c0, k]).T, acc)
     rows = start + tl.arange(0, BM)
     c = c0 + tl.arange(0, CB)
     here = rows < stop
-    if INT8:
+    if SLICES:
         acc = acc * tl.load(row_scale_ptr + rows, mask=here, other=0.0)[:, None]
     acc = acc * tl.load(scale_ptr + adapter * C + c)[None, :]
     out = out_ptr + rows.to(tl.int64)[:, None] * stride_out + c[None, :]
@@ -127,33 +136,38 @@ def down(
     distance apart.
 
     Args:
-        x: [M, K] in 16 bits, or in int8 with ``row_scale`` float32 [M]; rows contiguous.
+        x: [M, K] in 16 bits, or in int8 with ``row_scale`` float32 [M], or two slices [2, M, K] (``rows.quantize``); rows
+            contiguous.
         matrices: 16 bits [n, C, K] (see ``gather``).
         scales: float32 [n, C].
         tiles: int32 [3, tiles] (see ``gemm``).
     """
-    tokens, width = x.shape
+    tokens, width = x.shape[-2:]
     columns = matrices.shape[1]
     block = min(64, columns)
     chosen = options or {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
     if low is None:
         low = torch.empty(tokens, columns, dtype=matrices.dtype, device=x.device)
     parts = TILE_ROWS // chosen["BM"]
-    x_desc = descriptor(x, x.shape, x.stride(0), (chosen["BM"], chosen["BK"]))
+    x_desc = descriptor(x, (x.numel() // width, width), x.stride(-2), (chosen["BM"], chosen["BK"]))
     m_desc = descriptor(matrices, (matrices.shape[0] * columns, width), width, (block, chosen["BK"]))
     _down(
         (tiles.shape[1] * parts, columns // block), x_desc, m_desc, low, row_scale, scales, tiles, width, columns,
-        low.stride(0), tiles.shape[1], CB=block, PARTS=parts, INT8=row_scale is not None, **chosen,
+        low.stride(0), tokens, tiles.shape[1], CB=block, PARTS=parts, SLICES=_slices(x, row_scale), **chosen,
     )  # fmt: skip
     return low
 
 
+def _slices(x: Tensor, row_scale: Tensor | None) -> int:
+    return 0 if row_scale is None else x.dim() - 1
+
+
 @Kernel
-@triton.jit(do_not_specialize=["adapters", "chunk_count", "block_count"])
+@triton.jit(do_not_specialize=["tokens", "adapters", "chunk_count", "block_count"])
 def _outer(
     x_desc, low_desc, x_ptr, low_ptr, row_scale_ptr, out_ptr, rank_ptr, chunks_ptr, blocks_ptr,
-    N, R, layers, stride_x, stride_low, adapters, chunk_count, block_count,
-    BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, UP: tl.constexpr, INT8: tl.constexpr,
+    N, R, layers, stride_x, stride_low, tokens, adapters, chunk_count, block_count,
+    BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, UP: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     start = tl.load(chunks_ptr + chunk)
@@ -184,16 +198,22 @@ def _outer(
     kind = low_ptr.dtype.element_ty
     for t in range(start, whole, BT):
         low = low_desc.load([t, c0])
-        if INT8:  # the rows' scales go to the smaller side
+        if SLICES:  # the rows' scales go to the smaller side
             low = (low.to(tl.float32) * tl.load(row_scale_ptr + t + tl.arange(0, BT))[:, None]).to(kind)
-        acc = tl.dot(x_desc.load([t, n0]).to(kind).T, low, acc)
+        x = x_desc.load([t, n0])
+        if SLICES == 2:
+            x = _joined(x, x_desc.load([tokens + t, n0]))
+        acc = tl.dot(x.to(kind).T, low, acc)
     if whole < stop:  # the rows after these are another adapter's, and may be NaN: not even multiplied by zero
         rows = whole + tl.arange(0, BT)
         here = (rows < stop)[:, None]
         at = rows.to(tl.int64)[:, None]
-        x = tl.load(x_ptr + at * stride_x + n[None, :], mask=here & inside[None, :], other=0.0)
+        x = tl.load(x_ptr + at * stride_x + n[None, :], mask=here & inside[None, :], other=0)
+        if SLICES == 2:
+            rest = tl.load(x_ptr + (tokens + at) * stride_x + n[None, :], mask=here & inside[None, :], other=0)
+            x = _joined(x, rest)
         low = tl.load(low_ptr + at * stride_low + columns[None, :], mask=here & (columns >= 0)[None, :], other=0.0)
-        if INT8:
+        if SLICES:
             low = (low.to(tl.float32) * tl.load(row_scale_ptr + rows, mask=rows < stop, other=0.0)[:, None]).to(kind)
         acc = tl.dot(x.to(kind).T, low, acc)
     rank = tl.load(rank_ptr + layer * adapters + adapter, mask=layer < layers, other=0)
@@ -253,25 +273,25 @@ def outer(
     its place; the rest of the place is not written.
 
     Args:
-        x: [M, N] in 16 bits, or in int8 with ``row_scale`` float32 [M]; low: 16 bits [M, C]. Features contiguous, rows
-            a multiple of 16 bytes apart.
+        x: [M, N] in 16 bits, or in int8 with ``row_scale`` float32 [M], or two slices [2, M, N]; low: 16 bits [M, C].
+            Features contiguous, rows a multiple of 16 bytes apart.
         chunks: int32 [3, chunks]: first row, end row and adapter of at most ``CHUNK_ROWS`` rows, sorted by adapter.
         first: int32 [n + 1], the first chunk of each adapter; None when each adapter has exactly one.
         ranks: int32 [L, n]; rank: R.
     """
-    width, (layers, adapters) = x.shape[1], ranks.shape
+    (tokens, width), (layers, adapters) = x.shape[-2:], ranks.shape
     columns = low.shape[1] if by_layer is None else rank
     block = min(64, columns)
     chosen = options or {"BT": 64, "num_warps": 4, "num_stages": 4}
     size = (layers if by_layer is None else 1) * width * rank
     parts = torch.empty(chunks.shape[1], size, dtype=torch.float32, device=x.device)
     count = cdiv(width, OUTER_COLUMNS) if by_layer is None else by_layer.shape[1]
-    x_desc = descriptor(x, x.shape, x.stride(0), (chosen["BT"], OUTER_COLUMNS))
+    x_desc = descriptor(x, (x.numel() // width, width), x.stride(-2), (chosen["BT"], OUTER_COLUMNS))
     low_desc = descriptor(low, low.shape, low.stride(0), (chosen["BT"], block))
     _outer(
         (chunks.shape[1], count, columns // block), x_desc, low_desc, x, low, row_scale, parts, ranks, chunks, by_layer,
-        width, rank, layers, x.stride(0), low.stride(0), adapters, chunks.shape[1], count, BN=OUTER_COLUMNS, CB=block,
-        UP=by_layer is not None, INT8=row_scale is not None, **chosen,
+        width, rank, layers, x.stride(-2), low.stride(0), tokens, adapters, chunks.shape[1], count,
+        BN=OUTER_COLUMNS, CB=block, UP=by_layer is not None, SLICES=_slices(x, row_scale), **chosen,
     )  # fmt: skip
     if first is None:
         return parts

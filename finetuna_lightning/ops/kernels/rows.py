@@ -81,10 +81,12 @@ def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, plane, COLUM
 _ONE_PASS = 16384  # features of a row that one program keeps in registers
 
 
-def _codes_for(tokens: int, d: int, slices: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for codes [T, d], or two slices [2, T, d], and their scales."""
+def _room(tokens: int, d: int, slices: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """For codes [T, d], or two slices [2, T, d], and their scales; without slices, for numbers of ``like``'s type."""
+    if not slices:
+        return torch.empty(tokens, d, dtype=like.dtype, device=like.device), None
     shape = (tokens, d) if slices == 1 else (slices, tokens, d)
-    return torch.empty(shape, dtype=torch.int8, device=device), torch.empty(tokens, device=device)
+    return torch.empty(shape, dtype=torch.int8, device=like.device), torch.empty(tokens, device=like.device)
 
 
 def quantize(x: Tensor, column_scale: Tensor | None = None, slices: int = 1) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,8 @@ def quantize(x: Tensor, column_scale: Tensor | None = None, slices: int = 1) -> 
     In two ``slices`` [2, T, d] it is ``(codes + rest / 256) * scale``: 16 bits, of which the codes are nearest to x,
     and the rest is from -128 to 127."""
     tokens, d = x.shape
-    codes, scale = _codes_for(tokens, d, slices, x.device)
+    codes, scale = _room(tokens, d, slices, x)
+    assert scale is not None
     block = min(next_power_of_2(d), _ONE_PASS)
     _quantize(
         (tokens,), x, codes, scale, column_scale, d, x.stride(0), tokens * d, COLUMN=column_scale is not None,
@@ -160,7 +163,7 @@ def dequantize(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
 
 @Kernel
 @triton.jit
-def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, plane, SLICES: tl.constexpr,
+def _norm(x_ptr, weight_ptr, y_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, plane, SLICES: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -171,13 +174,13 @@ def _norm(x_ptr, weight_ptr, y_ptr, codes_ptr, scale_ptr, rstd_ptr, d, eps, stri
     tl.store(rstd_ptr + row, rstd)
     y = (x * rstd).to(given.dtype).to(tl.float32)  # rounded where transformers' own RMSNorm rounds
     y = (y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(given.dtype)
-    if SLICES != 1:
-        tl.store(y_ptr + row * d + at, y, mask=inside)
     if SLICES:
         y = y.to(tl.float32)
         scale = _scale(tl.abs(y))
-        _store_codes(codes_ptr + row * d, at, y, scale, inside, plane, SLICES)
+        _store_codes(y_ptr + row * d, at, y, scale, inside, plane, SLICES)
         tl.store(scale_ptr + row, scale)
+    else:
+        tl.store(y_ptr + row * d + at, y, mask=inside)
 
 
 @Kernel
@@ -201,25 +204,16 @@ def _row_warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-Quantized = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""A result y [T, d] in its own type, its int8 codes and their scale a row, as ``quantize`` gives them: y alone where
-there are to be no slices, the latter two where there is to be one, and all of them where there are to be two."""
-
-
-def _results(tokens: int, d: int, slices: int, like: Tensor) -> Quantized:
-    y = None if slices == 1 else torch.empty(tokens, d, dtype=like.dtype, device=like.device)
-    return (y, *(_codes_for(tokens, d, slices, like.device) if slices else (None, None)))
-
-
-def norm(x: Tensor, weight: Tensor, eps: float, slices: int = 0) -> tuple[Quantized, Tensor]:
-    """RMSNorm of x [T, d] (arXiv 1910.07467): ``x / rms(x) * weight``, and ``1 / rms(x)`` float32 [T]."""
+def norm(x: Tensor, weight: Tensor, eps: float, slices: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
+    """RMSNorm of x [T, d] (arXiv 1910.07467): (``x / rms(x) * weight`` [T, d], None, ``1 / rms(x)`` float32 [T]); in
+    ``slices``, the first two are its codes and their scale, as ``quantize`` gives them."""
     tokens, d = x.shape
-    y, codes, scale = _results(tokens, d, slices, x)
+    y, scale = _room(tokens, d, slices, x)
     rstd = torch.empty(tokens, device=x.device)
     block = next_power_of_2(d)
-    _norm((tokens,), x, weight, y, codes, scale, rstd, d, eps, x.stride(0), tokens * d, SLICES=slices, BLOCK=block,
+    _norm((tokens,), x, weight, y, scale, rstd, d, eps, x.stride(0), tokens * d, SLICES=slices, BLOCK=block,
           num_warps=_row_warps(block))  # fmt: skip
-    return (y, codes, scale), rstd
+    return y, scale, rstd
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -311,44 +305,43 @@ def _gated(gate_ptr, up_ptr, at, inside):
 
 @Kernel
 @triton.jit
-def _swiglu(gate_ptr, up_ptr, h_ptr, codes_ptr, scale_ptr, f, plane, SLICES: tl.constexpr, ONE_PASS: tl.constexpr,
+def _swiglu(gate_ptr, up_ptr, h_ptr, scale_ptr, f, plane, SLICES: tl.constexpr, ONE_PASS: tl.constexpr,
             BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     gate_ptr += row * f
     up_ptr += row * f
     at = tl.arange(0, BLOCK)
-    if ONE_PASS:
-        h = _gated(gate_ptr, up_ptr, at, at < f)
-        if SLICES != 1:
-            tl.store(h_ptr + row * f + at, h, mask=at < f)
-        if SLICES:
-            h = h.to(tl.float32)
-            scale = _scale(tl.abs(h))
-            _store_codes(codes_ptr + row * f, at, h, scale, at < f, plane, SLICES)
-            tl.store(scale_ptr + row, scale)
+    h_ptr += row * f
+    if not SLICES:
+        for start in range(0, f, BLOCK):
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
+            tl.store(h_ptr + start + at, h, mask=start + at < f)
+    elif ONE_PASS:
+        h = _gated(gate_ptr, up_ptr, at, at < f).to(tl.float32)
+        scale = _scale(tl.abs(h))
+        _store_codes(h_ptr, at, h, scale, at < f, plane, SLICES)
+        tl.store(scale_ptr + row, scale)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, f, BLOCK):
-            h = _gated(gate_ptr, up_ptr, start + at, start + at < f)
-            if SLICES != 1:
-                tl.store(h_ptr + row * f + start + at, h, mask=start + at < f)
-            top = tl.maximum(top, tl.abs(h.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
-        if SLICES:
-            scale = _scale(top)
-            for start in range(0, f, BLOCK):
-                h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
-                _store_codes(codes_ptr + row * f, start + at, h, scale, start + at < f, plane, SLICES)
-            tl.store(scale_ptr + row, scale)
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
+            top = tl.maximum(top, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
+        scale = _scale(top)
+        for start in range(0, f, BLOCK):
+            h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
+            _store_codes(h_ptr, start + at, h, scale, start + at < f, plane, SLICES)
+        tl.store(scale_ptr + row, scale)
 
 
-def swiglu(gate: Tensor, up: Tensor, slices: int) -> Quantized:
-    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202)."""
+def swiglu(gate: Tensor, up: Tensor, slices: int) -> tuple[Tensor, Tensor | None]:
+    """``silu(gate) * up`` of [T, f] (arXiv 2002.05202), and None; or in ``slices`` its codes and their scale, as
+    ``quantize`` gives them."""
     tokens, f = gate.shape
-    h, codes, scale = _results(tokens, f, slices, gate)
+    h, scale = _room(tokens, f, slices, gate)
     block = _gated_block(f)
-    _swiglu((tokens,), gate, up, h, codes, scale, f, tokens * f, SLICES=slices, ONE_PASS=f <= block, BLOCK=block,
+    _swiglu((tokens,), gate, up, h, scale, f, tokens * f, SLICES=slices, ONE_PASS=f <= block, BLOCK=block,
             num_warps=_row_warps(block))  # fmt: skip
-    return h, codes, scale
+    return h, scale
 
 
 def _gated_block(f: int) -> int:
@@ -425,7 +418,7 @@ def swiglu_backward(
     ``silu(gate) * up``."""
     tokens, f = gate.shape
     out = torch.empty(tokens, 2 * f, dtype=gate.dtype, device=gate.device)
-    codes, scale = _codes_for(tokens, 2 * f, slices, gate.device) if slices else (None, None)
+    codes, scale = _room(tokens, 2 * f, slices, gate) if slices else (None, None)
     chosen = options or {"BLOCK": min(4096, next_power_of_2(f)), "num_warps": 16}  # 8 warps: 715 us, 16: 584
     _swiglu_backward((tokens,), grad, gate, up, out, codes, scale, column_scale, f, 2 * tokens * f, SLICES=slices,
                      ONE_PASS=f <= chosen["BLOCK"], **chosen)  # fmt: skip
