@@ -136,8 +136,8 @@ def down(
     distance apart.
 
     Args:
-        x: [M, K] in 16 bits, or in int8 with ``row_scale`` float32 [M], or two slices [2, M, K] (``rows.quantize``); rows
-            contiguous.
+        x: [M, K] in 16 bits, or in int8 with ``row_scale`` float32 [M], or two slices [2, M, K] (``rows.quantize``);
+            rows contiguous.
         matrices: 16 bits [n, C, K] (see ``gather``).
         scales: float32 [n, C].
         tiles: int32 [3, tiles] (see ``gemm``).
