@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
 _MANY = 8  # adapters: beyond, the table has their sum alone
+_PLUGIN = ".EightBitPrecision"
 
 
 def parse_bytes(given: object) -> int:
@@ -106,6 +107,7 @@ def arguments(plain: dict[str, Any], device: str) -> dict[str, Any]:
         budget = source.max_tokens or (None if source.batch_size else data["max_tokens"])
         count = source.batch_size or data["batch_size"]
         sequences[name] = Sequences(count, tokens) if budget is None else _within(budget, tokens)
+    plugins = [own for own in plain["trainer"].get("plugins") or () if str(own.get("_target_")).endswith(_PLUGIN)]
     dtype = torch.bfloat16 if device == "cuda" and backbone.dtype == "auto" else None
     return {
         "architecture": read_config(backbone.name_or_path, backbone.revision, backbone.trust_remote_code),
@@ -116,6 +118,7 @@ def arguments(plain: dict[str, Any], device: str) -> dict[str, Any]:
         "dtype": dtype or resolve_dtype(backbone.dtype, torch.device("cpu")),
         "device": device,
         "packed": data["packing"] is not False and backbone.task == "causal-lm",
+        "compute": plugins[0].get("compute", "auto") if plugins else "auto",
     }
 
 

@@ -50,6 +50,7 @@ class FusedShape:
         heads, layers, vocab: counts.
         ranks: low-rank products of a token in one layer, in elements: the largest rank for each target.
         chunk: tokens of a piece of the logits.
+        slices: bytes of a number as the products read it: 1 in int8, 2 in 16 bits (see ``nn.joint``).
     """
 
     hidden: int
@@ -60,25 +61,26 @@ class FusedShape:
     vocab: int
     ranks: int
     chunk: int = CHUNK
+    slices: int = 1
 
     @property
     def kept(self) -> int:
         """Bytes that a layer keeps for each token: what both norms read, q, k and v after the rotary embedding, the
-        attention's output, gate, up and the low-rank products in 16 bits; what both norms give in 8; the attention's
-        logarithms and the norms' and codes' scales in float32."""
+        attention's output, gate, up and the low-rank products in 16 bits; what both norms give as the products read
+        it; the attention's logarithms and the norms' and codes' scales in float32."""
         sixteen = 4 * self.hidden + 2 * self.kv + 2 * self.intermediate + self.ranks
-        return 2 * sixteen + 2 * self.hidden + 4 * self.heads + 4 * 4
+        return 2 * sixteen + 2 * self.slices * self.hidden + 4 * self.heads + 4 * 4
 
     @property
     def forward(self) -> int:
-        """Bytes that a layer needs for each token in the forward pass and gives back: silu(gate) * up in 8 bits."""
-        return self.intermediate
+        """Bytes that a layer needs for each token in the forward pass and gives back: silu(gate) * up."""
+        return self.slices * self.intermediate
 
     @property
     def backward(self) -> int:
         """Bytes that a layer needs for each token in the backward pass: the gradients of silu(gate) * up, of gate and
-        of up in 16 bits, the last two also in 8 bits, and that of the hidden state."""
-        return (3 * 2 + 2) * self.intermediate + 2 * self.hidden
+        of up in 16 bits, the last two also as the products read them, and that of the hidden state."""
+        return (3 * 2 + 2 * self.slices) * self.intermediate + 2 * self.hidden
 
     @property
     def scratch(self) -> int:
@@ -114,11 +116,11 @@ def fused_step(shape: FusedShape, tokens: int, gradients: int, waiting: int, rec
     )
 
 
-def fused_shape(architecture: Any, ranks: int) -> FusedShape:
+def fused_shape(architecture: Any, ranks: int, compute: str) -> FusedShape:
     """The shape of a Llama-like configuration of transformers."""
     heads = architecture.num_attention_heads
     width = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
     return FusedShape(
         architecture.hidden_size, architecture.intermediate_size, width * architecture.num_key_value_heads, heads,
-        architecture.num_hidden_layers, architecture.vocab_size, ranks,
+        architecture.num_hidden_layers, architecture.vocab_size, ranks, slices=2 if compute == "16bit" else 1,
     )  # fmt: skip

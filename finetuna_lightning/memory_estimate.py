@@ -333,6 +333,7 @@ def estimate_memory(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     packed: bool = False,
+    compute: str = "auto",
     fused: bool | None = None,
 ) -> MemoryEstimate:
     """The bytes of a training run, before it starts.
@@ -346,6 +347,7 @@ def estimate_memory(
         dtype: of the activations; None: bfloat16 on a GPU, else float32.
         device: ``cpu`` or ``cuda``; neither need be there.
         packed: the sequences of a step are one row, where the model's attention can.
+        compute: ``EightBitPrecision``'s.
         fused: count the layers as the fused ones of a GPU (``fused_memory``); None: where the run would use these.
 
     Raises:
@@ -370,7 +372,8 @@ def estimate_memory(
         gradients = sum(own.gradients for own in counted.values())
         waiting = sum(own.gradients for name, own in counted.items() if adapters[name].accumulate > 1)
         total, recompute = sum(tokens.values()), backbone.gradient_checkpointing
-        step = fused_step(fused_shape(architecture, _low_rank_width(run)), total, gradients, waiting, recompute)
+        shape = fused_shape(architecture, _low_rank_width(run), compute)
+        step = fused_step(shape, total, gradients, waiting, recompute)
     else:
         step = _step(run, model)
     return MemoryEstimate(standing, counted, step, CUDA_LIBRARIES if gpu else 0, "cuda" if gpu else "cpu")

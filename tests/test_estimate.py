@@ -136,6 +136,10 @@ def test_a_budget_for_all_and_no_data(backbone: str) -> None:
     assert found["sequences"] == {"adapter": Sequences(2, 32)}
     assert found["dtype"] is torch.bfloat16 and found["packed"] is False
     assert arguments(given(backbone, "backbone.dtype=float16"), "cuda")["dtype"] is torch.float16
+    assert found["compute"] == "auto"
+    plugin = "+trainer.plugins.0.compute=16bit"
+    assert arguments(given(backbone, plugin), "cuda")["compute"] == "16bit"
+    assert arguments(given(backbone, "trainer.plugins=[]"), "cuda")["compute"] == "auto"
 
 
 @pytest.mark.parametrize(

@@ -279,16 +279,18 @@ def test_llama_3_8b_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fused_layers_of_a_gpu_as_they_were_measured() -> None:
     """Peaks of `python -m benchmarks.gpu w1 w2 w5` on one H200 (benchmarks/LOG.md, 2026-11-26)."""
     config = transformers.LlamaConfig(**LLAMA_3_8B)
-    for count, sequences, recompute, gib, bound in (
-        (8, Sequences(1, 1024), False, 35.93, 0.02),
-        (1, Sequences(8, 1024), False, 34.27, 0.02),
-        (1, Sequences(8, 1024), True, 11.43, 0.05),
-        (1, Sequences(1, 1024), False, 12.20, 0.02),
-        (8, Sequences(1, 128), False, 13.87, 0.02),
+    for count, sequences, recompute, compute, gib, bound in (
+        (8, Sequences(1, 1024), False, "auto", 35.93, 0.02),
+        (8, Sequences(1, 1024), False, "16bit", 37.92, 0.02),
+        (1, Sequences(8, 1024), False, "auto", 34.27, 0.02),
+        (1, Sequences(8, 1024), True, "auto", 11.43, 0.05),
+        (1, Sequences(1, 1024), False, "auto", 12.20, 0.02),
+        (8, Sequences(1, 128), False, "int8", 13.87, 0.02),
     ):
         found = estimate_memory(
             config, {f"a{i}": AdapterConfig(rank=16) for i in range(count)}, sequences, packed=True, device="cuda",
             optim=OptimConfig("adamw8bit"), backbone=BackboneConfig(gradient_checkpointing=recompute), fused=True,
+            compute=compute,
         )  # fmt: skip
         assert found.peak / 2**30 == pytest.approx(gib, rel=bound)
 

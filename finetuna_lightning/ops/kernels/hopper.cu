@@ -245,8 +245,7 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                 for (int each = 0; each < SLICES * blocks; ++each, at.next()) {
                     const u32 a = base + at.stage * STAGE_BYTES, b = a + A_BYTES, bar = full + 8 * at.stage;
                     const bool second = SLICES == 2 && each < blocks;
-                    // the codes' backwards: what is left of W in L2 is read again first
-                    const int block = SLICES == 2 && !second ? 2 * blocks - 1 - each : each;
+                    const int block = SLICES == 2 && !second ? each - blocks : each;
                     barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
                     barrier_expect(bar, STAGE_BYTES);
                     load(a, a_map, bar, block * BLOCK_K, second ? g.slice + u.start : u.start);
