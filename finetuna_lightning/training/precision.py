@@ -57,9 +57,10 @@ class EightBitPrecision(Precision):
     Args:
         scheme, block_size, skip_modules: for a backbone that came as a plain module. A ``BackboneConfig`` has its own.
         dtype: of activations and of what is not quantised: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        compute: ``16bit`` computes in ``dtype`` from 8-bit storage; ``int8`` and ``fp8`` multiply in 8 bits, where the
-            device can and the scheme is the same, activations and gradients quantised per token; ``auto`` is ``int8``
-            for int8 storage and 16-bit activations on a GPU that has it, else ``16bit``.
+        compute: ``16bit`` computes in ``dtype``, or in 16-bit fixed point (see ``nn.joint``), from 8-bit storage;
+            ``int8`` and ``fp8`` multiply in 8 bits, where the device can and the scheme is the same, activations and
+            gradients quantised per token; ``auto`` is ``int8`` for int8 storage and 16-bit activations on a GPU that
+            has it, else ``16bit``.
         fuse: put kernels for whole parts of a decoder layer before the model's own, where they compute the same.
     """
 
