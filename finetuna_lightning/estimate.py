@@ -107,7 +107,9 @@ def arguments(plain: dict[str, Any], device: str) -> dict[str, Any]:
         budget = source.max_tokens or (None if source.batch_size else data["max_tokens"])
         count = source.batch_size or data["batch_size"]
         sequences[name] = Sequences(count, tokens) if budget is None else _within(budget, tokens)
-    plugins = [own for own in plain["trainer"].get("plugins") or () if str(own.get("_target_")).endswith(_PLUGIN)]
+    given = plain["trainer"].get("plugins") or []  # one, or several
+    every = [own for own in (given if isinstance(given, list) else [given]) if isinstance(own, dict)]
+    plugins = [own for own in every if str(own.get("_target_")).endswith(_PLUGIN)]
     dtype = torch.bfloat16 if device == "cuda" and backbone.dtype == "auto" else None
     return {
         "architecture": read_config(backbone.name_or_path, backbone.revision, backbone.trust_remote_code),

@@ -50,7 +50,7 @@ class FusedShape:
         heads, layers, vocab: counts.
         ranks: low-rank products of a token in one layer, in elements: the largest rank for each target.
         chunk: tokens of a piece of the logits.
-        slices: bytes of a number as the products read it: 1 in int8, 2 in 16 bits (see ``nn.joint``).
+        width: bytes of a number as the products read it: 1 in int8, 2 in 16 bits (in slices: see ``nn.joint``).
     """
 
     hidden: int
@@ -61,7 +61,7 @@ class FusedShape:
     vocab: int
     ranks: int
     chunk: int = CHUNK
-    slices: int = 1
+    width: int = 1
 
     @property
     def kept(self) -> int:
@@ -69,18 +69,18 @@ class FusedShape:
         attention's output, gate, up and the low-rank products in 16 bits; what both norms give as the products read
         it; the attention's logarithms and the norms' and codes' scales in float32."""
         sixteen = 4 * self.hidden + 2 * self.kv + 2 * self.intermediate + self.ranks
-        return 2 * sixteen + 2 * self.slices * self.hidden + 4 * self.heads + 4 * 4
+        return 2 * sixteen + 2 * self.width * self.hidden + 4 * self.heads + 4 * 4
 
     @property
     def forward(self) -> int:
         """Bytes that a layer needs for each token in the forward pass and gives back: silu(gate) * up."""
-        return self.slices * self.intermediate
+        return self.width * self.intermediate
 
     @property
     def backward(self) -> int:
         """Bytes that a layer needs for each token in the backward pass: the gradients of silu(gate) * up, of gate and
         of up in 16 bits, the last two also as the products read them, and that of the hidden state."""
-        return (3 * 2 + 2 * self.slices) * self.intermediate + 2 * self.hidden
+        return (3 * 2 + 2 * self.width) * self.intermediate + 2 * self.hidden
 
     @property
     def scratch(self) -> int:
@@ -122,5 +122,5 @@ def fused_shape(architecture: Any, ranks: int, compute: str) -> FusedShape:
     width = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
     return FusedShape(
         architecture.hidden_size, architecture.intermediate_size, width * architecture.num_key_value_heads, heads,
-        architecture.num_hidden_layers, architecture.vocab_size, ranks, slices=2 if compute == "16bit" else 1,
+        architecture.num_hidden_layers, architecture.vocab_size, ranks, width=2 if compute == "16bit" else 1,
     )  # fmt: skip

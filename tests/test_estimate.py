@@ -139,7 +139,10 @@ def test_a_budget_for_all_and_no_data(backbone: str) -> None:
     assert found["compute"] == "auto"
     plugin = "+trainer.plugins.0.compute=16bit"
     assert arguments(given(backbone, plugin), "cuda")["compute"] == "16bit"
-    assert arguments(given(backbone, "trainer.plugins=[]"), "cuda")["compute"] == "auto"
+    for others in ("[]", "null", "[x]", "{_target_: Other, compute: 16bit}"):
+        assert arguments(given(backbone, f"trainer.plugins={others}"), "cuda")["compute"] == "auto"
+    alone = "trainer.plugins={_target_: finetuna_lightning.EightBitPrecision, compute: 16bit}"
+    assert arguments(given(backbone, alone), "cuda")["compute"] == "16bit"
 
 
 @pytest.mark.parametrize(

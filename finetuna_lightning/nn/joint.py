@@ -4,10 +4,10 @@ direction, however many adapters there are, their deltas added while it is writt
 ``Y = X W^T + low B^T`` with ``low = s X A^T``; backwards ``dlow = s dY B``, ``dX = dY W + dlow A``, ``dA = dlow^T X``,
 ``dB = dY^T low``: each row by its own adapter's A and B (arXiv 2106.09685). W stays in its 8 bits; with
 ``compute="int8"`` X and dY are quantised per row, W's row scales folded into dY, so that the one stored copy serves
-both directions; with ``"16bit"`` they are so in two int8 slices, 16 bits in all, where there is a kernel for that (see
-``hopper.py``; of bfloat16 and int8 storage), and elsewhere W is read out into scratch for each product. A, B and their
-gradients are in float32, their products in the activations' type. What a row gets does not depend on any other
-adapter's rows, to the bit.
+both directions; with ``"16bit"`` they are so in two int8 slices, 16 bits in all, where W may be ``sliced`` (not the
+output head's) and there is a kernel for that (see ``hopper.py``; of bfloat16 and int8 storage), and elsewhere W is read
+out into scratch for each product. A, B and their gradients are in float32, their products in the activations' type.
+What a row gets does not depend on any other adapter's rows, to the bit.
 
 Three forms: one layer; q, k and v with the rotary embedding; and a whole SwiGLU. The latter two can begin with their
 RMSNorm, whose output is then never written but as the codes that the products read, and each can end with the addition
@@ -183,7 +183,7 @@ def _make_table(
         spare = columns - len(group) * rank
         start, up = size, size + slots * columns * width
         size = up + slots * columns * total
-        scales = torch.zeros(slots, columns)
+        scales = torch.zeros(slots, columns, dtype=torch.float32)
         for slot in range(slots):
             at, above = start + slot * columns * width, up + slot * columns * total
             for index, layer in enumerate(group):
@@ -232,8 +232,10 @@ def _slices(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> int:
 
     if weights[0].compute == "int8":
         return 1
-    wide = dtype == torch.bfloat16 and all(q.scheme == "int8" for q in weights)
-    return 2 if wide and hopper.takes_slices(weights[0].codes.device, dtype) else 0
+    longest = max(weights[0].shape[1], sum(q.shape[0] for q in weights))  # summed over, forwards and backwards
+    if dtype != torch.bfloat16 or longest > hopper.LONGEST or not all(q.sliced and q.scheme == "int8" for q in weights):
+        return 0
+    return 2 if hopper.takes_slices(weights[0].codes.device, dtype) else 0
 
 
 def _operand(x: Tensor, slices: int, column_scale: Tensor | None = None) -> _Operand:
@@ -242,9 +244,9 @@ def _operand(x: Tensor, slices: int, column_scale: Tensor | None = None) -> _Ope
     return _Operand(*rows.quantize(x, column_scale, slices)) if slices else _Operand(x)
 
 
-def _fitted(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """As Hopper's kernel takes rows: of this type, each from a multiple of 16 bytes on."""
-    t = t.to(dtype)
+def _fitted(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As the kernels take it: in ``dtype``, contiguous features, each row from a multiple of 16 bytes on."""
+    t = t.to(dtype or t.dtype)
     apart = t.dim() > 1 and t.stride(0) * t.element_size() % 16
     fits = t.stride(-1) == 1 and not apart and t.data_ptr() % 16 == 0
     return t if fits else t.clone(memory_format=torch.contiguous_format)
@@ -261,7 +263,7 @@ def _forward(
         bias, residual = (t if t is None else _fitted(t, dtype) for t in (bias, residual))
     out = torch.empty(x.values.shape[-2], outputs, dtype=dtype, device=x.values.device)
     if x.scale is not None:
-        weight, column_scale = q.codes, _fitted(q.scale, torch.float32)
+        weight, column_scale = _fitted(q.codes), _fitted(q.scale, torch.float32)
     else:
         weight, column_scale = q.dequantize(dtype), None
     return gemm(
@@ -468,11 +470,6 @@ def _normed(x: Tensor, norm: Norm | None, slices: int) -> tuple[_Operand, _Opera
     return operand, operand, rstd
 
 
-def _rows(grad: Tensor) -> Tensor:
-    """A gradient as the kernels take it: rows of contiguous features, 16 bytes aligned."""
-    return _fitted(grad, grad.dtype)
-
-
 class _Linear(torch.autograd.Function):
     """One layer, plus ``residual`` where given. Keeps x, and ``low``."""
 
@@ -492,7 +489,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, plan = ctx.q, ctx.plan
         x, low = ctx.saved_tensors
-        given, grad = grad, _rows(grad)
+        given, grad = grad, _fitted(grad)
         (side,) = plan.gathered(ctx.dtype)
         back = side.backward_low(grad)
         grad_x = None
@@ -551,7 +548,7 @@ class _Attention(torch.autograd.Function):
             if ctx.norm is None:
                 grad_x = grad_x + inner
             else:
-                grad_x = rows.norm_backward(inner, x, ctx.norm[0], saved[0], _rows(grad_x))
+                grad_x = rows.norm_backward(inner, x, ctx.norm[0], saved[0], _fitted(grad_x))
         kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
         return (grad_x, *[None] * 7, *plan.given(side.gradients(kept, whole, low, back)))
 
@@ -588,7 +585,7 @@ class _SwiGLU(torch.autograd.Function):
         x, *saved, gate, up, low, low_h = ctx.saved_tensors
         weights, plan = ctx.weights, ctx.plan
         slices, dtype, tiles = _slices(weights, gate.dtype), gate.dtype, plan.tiling.tiles
-        grad = _rows(grad)
+        grad = _fitted(grad)
         first, last = plan.gathered(dtype)
         back_h = last.backward_low(grad)
         h = _backward(_operand(grad, slices, weights[2].scale), weights[2:], dtype, tiles, last.inputs(back_h))
@@ -621,7 +618,7 @@ def linear(
     plan = _plan(deltas, [[deltas]], [[q]], tiling, x.device)
     if residual is not None:
         residual = residual.reshape(-1, q.shape[0])
-    flat = _rows(x.reshape(-1, x.shape[-1]))
+    flat = _fitted(x.reshape(-1, x.shape[-1]))
     with torch.cuda.device_of(x):  # Triton launches on the current one
         y: Tensor = _Linear.apply(flat, residual, q, bias, plan, *plan.trained(x.device))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
@@ -640,7 +637,7 @@ def attention_inputs(
         q, k, v = (y.view(batch, tokens, -1, size).transpose(1, 2) for y in out)
         return q, k, v, x
     plan = _plan(deltas, [deltas], [weights], tiling, x.device)
-    flat = _rows(x.reshape(-1, features))
+    flat = _fitted(x.reshape(-1, features))
     with torch.cuda.device_of(x):
         q, k, v, same = _Attention.apply(  # type: ignore[no-untyped-call]
             flat, norm, cos, sin, (batch, tokens, size), weights, biases, plan, *plan.trained(x.device)
@@ -656,7 +653,7 @@ def swiglu(
     if x.device.type == "cpu":
         return joint_cpu.swiglu(x, weights, deltas, tiling.spans)
     plan = _plan(deltas, [deltas[:2], deltas[2:]], [weights[:2], weights[2:]], tiling, x.device)
-    flat = _rows(x.reshape(-1, x.shape[-1]))
+    flat = _fitted(x.reshape(-1, x.shape[-1]))
     with torch.cuda.device_of(x):
         out: Tensor = _SwiGLU.apply(flat, norm, weights, plan, *plan.trained(x.device))  # type: ignore[no-untyped-call]
     return out.view(x.shape)
@@ -679,7 +676,7 @@ class _Norm(torch.autograd.Function):
         from finetuna_lightning.ops.kernels import rows
 
         x, weight, rstd = ctx.saved_tensors
-        return rows.norm_backward(_rows(grad), x, weight, rstd), None, None
+        return rows.norm_backward(_fitted(grad), x, weight, rstd), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

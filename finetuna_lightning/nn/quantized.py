@@ -34,7 +34,8 @@ class QuantizedWeight(nn.Module):
     def __init__(self, codes: Tensor, scale: Tensor, scheme: str, block_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.scheme, self.block_size, self.dtype = scheme, block_size, dtype
-        self.compute = "16bit"  # how products with it are computed: see ops.library
+        self.compute = "16bit"  # how products with it are computed: see ops.library and nn.joint
+        self.sliced = False  # whether "16bit" may be fixed point: see nn.joint
         self.joined_scales: tuple[Any, ...] | None = None  # with those of its neighbours: see nn.joint
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scale", scale, persistent=False)

@@ -78,7 +78,7 @@ def operands(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Ten
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_product(lengths: list[int], form: str, dtype: torch.dtype) -> None:
-    """Each matrix is a part of a wider one, of another width each."""
+    """Each matrix is a part of a wider one, of another width each; but for X in slices, which lie together."""
     tiles, m = tiles_of(lengths), sum(lengths)
     for n, k in SIZES:
         x, w, told, whole = operands(form, m, n, k, dtype)
@@ -214,8 +214,18 @@ def test_slices_are_closer_than_weights_in_16_bits(k: int) -> None:
     assert bool((ratio < torch.tensor([0.05, 0.6, 1.5], device=DEVICE)).all()), ratio
 
 
+def test_the_rest_is_rounded_to_the_codes_unit() -> None:
+    """Sums that are exact in 16 bits."""
+    x, w = codes(2, 128, 32), codes(64, 32, seed=1) % 4
+    x[0] %= 3
+    out = torch.empty(128, 64, device=DEVICE, dtype=torch.float16)
+    gemm(x, w, out, tiles_of([128]), row_scale=torch.ones(128, device=DEVICE))
+    left, right = x.double(), w.double().t()
+    assert torch.equal(out.double(), left[0] @ right + torch.floor((left[1] @ right + 128) / 256))
+
+
 def test_the_largest_slices_fit_their_sums() -> None:
-    k = 32768
+    k = hopper.LONGEST
     x, w = torch.full((2, 128, k), 127, device=DEVICE, dtype=torch.int8), codes(64, 1).sign().expand(64, k) * 127
     x[1, 64:] = -128
     out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)

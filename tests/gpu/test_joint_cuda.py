@@ -111,6 +111,7 @@ def passed(
     model = llama().to(device)
     cast_(model, dtype)
     for name, quantized in quantized_layers(model).items():
+        quantized.sliced = "layers" in name
         quantized.compute = compute if "layers" in name else "16bit"
     if fuse:
         fuse_(model, torch.device(device), dtype)
@@ -211,14 +212,24 @@ def test_forward_and_every_gradient_agree_with_float64(compute: str, fuse: bool,
 
 
 @pytest.mark.parametrize(
-    ("change", "slices"), [("none", 2), ("float16", 0), ("another scheme", 0), ("no kernel", 0), ("int8 products", 1)]
-)
-def test_in_16_bits_it_is_slices_where_they_are_closer(change: str, slices: int) -> None:
+    ("change", "slices"),
+    [("none", 2), ("float16", 0), ("another scheme", 0), ("no kernel", 0), ("int8 products", 1), ("the head", 0),
+     ("a sum too long", 0), ("codes between addresses", 2)],
+)  # fmt: skip
+def test_in_16_bits_it_is_slices_where_they_are_closer(
+    change: str, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper GPU")
     torch.manual_seed(0)
     scheme, dtype = ("fp8" if change == "another scheme" else "int8"), torch.bfloat16
     weight = QuantizedWeight.from_weight(torch.randn(48, 64), scheme).cuda()
+    weight.sliced = change != "the head"
+    if change == "a sum too long":
+        monkeypatch.setattr(kernels(), "LONGEST", 60)
+    if change == "codes between addresses":
+        room = torch.empty(48 * 64 + 1, device="cuda", dtype=torch.int8)
+        weight.codes = room[1:].view(48, 64).copy_(weight.codes)
     if change == "int8 products":
         weight.compute = "int8"
     if change == "float16":

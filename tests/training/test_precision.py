@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from finetuna_lightning.backbone import fingerprints, quantized_layers
+from finetuna_lightning.backbone import fingerprints, quantize_model_, quantized_layers
 from finetuna_lightning.configs import AdapterConfig
 from finetuna_lightning.errors import ConfigError, TargetError
 from finetuna_lightning.nn.quantized import QuantizedEmbedding, QuantizedLinear
@@ -18,7 +19,7 @@ from finetuna_lightning.training import precision
 from finetuna_lightning.training.module import MultiAdapterModule
 from finetuna_lightning.training.precision import EightBitPrecision, has_fp8, refuse_joint_clipping, resolve_dtype
 from tests.helpers.models import PlainNet, plain_net
-from tests.helpers.tiny import Batches, tiny_batches, tiny_fit, tiny_module
+from tests.helpers.tiny import Batches, tiny_batches, tiny_fit, tiny_llama_folder, tiny_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -163,6 +164,15 @@ def test_every_matrix_is_told_how_to_compute(compute: str, expected: str) -> Non
     holder = Holder()
     EightBitPrecision("fp8", compute=compute).convert_module(holder)
     assert {q.compute for q in quantized_layers(holder.backbone).values()} == {expected}
+
+
+def test_all_but_the_output_head_may_be_sliced(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder(tmp_path))
+    quantize_model_(model)
+    assert not any(q.sliced for q in quantized_layers(model).values())
+    for compute in ("auto", "16bit"):
+        EightBitPrecision(compute=compute).set_compute(model)
+        assert {name for name, q in quantized_layers(model).items() if not q.sliced} == {"lm_head"}
 
 
 def test_fp8_needs_a_gpu_that_has_it_and_a_backbone_stored_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ _TENSOR_MAP_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # CUte
 _COLUMNS, _STAGES, _THREADS = 256, 4, 384
 # as hopper.cu divides it: an alignment, the stages, two pieces of Y for each of eight warps, two barriers a stage
 _SHARED_BYTES = 1024 + _STAGES * (TILE_ROWS + _COLUMNS) * 128 + 8 * 2 * 16 * 128 + _STAGES * 2 * 8
+LONGEST = 1 << 17
+"""K of int8 operands: their sums, and those of two slices, stay within int32."""
 _KEPT_MAPS = 1 << 14
 _DIGEST = hashlib.sha256().digest_size
 
@@ -66,6 +68,8 @@ def takes(
     their number, so that company never decides."""
     kind, made = a.dtype, out.dtype
     if a.dim() == 3 and (kind != torch.int8 or len(a) != 2 or not a.is_contiguous()):
+        return False
+    if kind == torch.int8 and a.shape[-1] > LONGEST:
         return False
     if b.dtype != kind or made not in (torch.bfloat16, torch.float16) or out.shape[1] % 8 or not a.shape[-1]:
         return False

@@ -28,8 +28,13 @@ def _scale(top):
 
 
 @triton.jit
+def _inverse(scale):
+    return tl.where(scale > 1.2e-38, 1.0 / scale, 0.0)  # of less it would be infinite
+
+
+@triton.jit
 def _codes(x, scale):
-    inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
+    inverse = _inverse(scale)
     return tl.minimum(tl.maximum(_round(x * inverse), -127.0), 127.0).to(tl.int8)
 
 
@@ -39,7 +44,7 @@ def _store_codes(codes_ptr, at, x, scale, inside, plane, SLICES: tl.constexpr):
     if SLICES == 1:
         tl.store(codes_ptr + at, _codes(x, scale), mask=inside)
     else:
-        inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
+        inverse = _inverse(scale)
         whole = tl.minimum(tl.maximum(_round(x * inverse * 256.0), -32512.0), 32512.0)
         codes = tl.floor((whole + 128.0) / 256.0)
         tl.store(codes_ptr + at, codes.to(tl.int8), mask=inside)
@@ -81,12 +86,16 @@ def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, plane, COLUM
 _ONE_PASS = 16384  # features of a row that one program keeps in registers
 
 
+def _numbers(tokens: int, like: Tensor) -> Tensor:
+    return torch.empty(tokens, dtype=torch.float32, device=like.device)
+
+
 def _room(tokens: int, d: int, slices: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """For codes [T, d], or two slices [2, T, d], and their scales; without slices, for numbers of ``like``'s type."""
     if not slices:
         return torch.empty(tokens, d, dtype=like.dtype, device=like.device), None
     shape = (tokens, d) if slices == 1 else (slices, tokens, d)
-    return torch.empty(shape, dtype=torch.int8, device=like.device), torch.empty(tokens, device=like.device)
+    return torch.empty(shape, dtype=torch.int8, device=like.device), _numbers(tokens, like)
 
 
 def quantize(x: Tensor, column_scale: Tensor | None = None, slices: int = 1) -> tuple[Tensor, Tensor]:
@@ -208,8 +217,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, slices: int = 0) -> tuple[Tensor
     """RMSNorm of x [T, d] (arXiv 1910.07467): (``x / rms(x) * weight`` [T, d], None, ``1 / rms(x)`` float32 [T]); in
     ``slices``, the first two are its codes and their scale, as ``quantize`` gives them."""
     tokens, d = x.shape
-    y, scale = _room(tokens, d, slices, x)
-    rstd = torch.empty(tokens, device=x.device)
+    (y, scale), rstd = _room(tokens, d, slices, x), _numbers(tokens, x)
     block = next_power_of_2(d)
     _norm((tokens,), x, weight, y, scale, rstd, d, eps, x.stride(0), tokens * d, SLICES=slices, BLOCK=block,
           num_warps=_row_warps(block))  # fmt: skip
