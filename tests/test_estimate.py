@@ -139,10 +139,17 @@ def test_a_budget_for_all_and_no_data(backbone: str) -> None:
     assert found["compute"] == "auto"
     plugin = "+trainer.plugins.0.compute=16bit"
     assert arguments(given(backbone, plugin), "cuda")["compute"] == "16bit"
-    for others in ("[]", "null", "[x]", "{_target_: Other, compute: 16bit}"):
-        assert arguments(given(backbone, f"trainer.plugins={others}"), "cuda")["compute"] == "auto"
-    alone = "trainer.plugins={_target_: finetuna_lightning.EightBitPrecision, compute: 16bit}"
-    assert arguments(given(backbone, alone), "cuda")["compute"] == "16bit"
+    config = given(backbone)
+    own, other = {"_target_": "finetuna_lightning.EightBitPrecision", "compute": "16bit"}, {"_target_": "Other"}
+    for plugins, compute in (
+        (None, "auto"),
+        ([], "auto"),
+        (other, "auto"),
+        (["x", other, own], "16bit"),
+        (own, "16bit"),
+    ):
+        config["trainer"]["plugins"] = plugins
+        assert arguments(config, "cuda")["compute"] == compute
 
 
 @pytest.mark.parametrize(
