@@ -20,11 +20,12 @@ from finetuna_lightning.adapters import Adapter, AdapterBank, output_head, resol
 from finetuna_lightning.attention import assume_full_rows, assume_packing
 from finetuna_lightning.backbone import cast_, enable_checkpointing, quantize_model_, skeleton
 from finetuna_lightning.configs import AdapterConfig, BackboneConfig, OptimConfig, optimizer_settings
-from finetuna_lightning.errors import BackboneError
+from finetuna_lightning.errors import BackboneError, ConfigError, one_of
 from finetuna_lightning.fused_memory import fused_shape, fused_step, runs_fused
 from finetuna_lightning.simulation import SAMPLES, Phase, StepBytes, fake_mode, like_layers, simulate, to_fake_
 from finetuna_lightning.training.batches import Batch
 from finetuna_lightning.training.module import MultiAdapterModule
+from finetuna_lightning.training.precision import COMPUTE
 
 CUDA_LIBRARIES = 64 << 20  # cuBLAS's workspaces, which torch's allocator hands out: 32 MiB a thread on Hopper
 CUDA_CONTEXT = 512 << 20  # of the device's memory, before torch allocates anything
@@ -359,6 +360,8 @@ def estimate_memory(
         >>> own = {f"a{i}": AdapterConfig(rank=16, alpha=32) for i in range(8)}  # doctest: +SKIP
         >>> estimate_memory(config, own, Sequences(1, 1024), device="cuda").peak  # doctest: +SKIP
     """
+    if compute not in COMPUTE:
+        raise ConfigError(one_of("EightBitPrecision.compute", compute, COMPUTE))
     backbone, gpu = backbone or BackboneConfig(), device != "cpu"
     each = dict.fromkeys(adapters, sequences) if isinstance(sequences, Sequences) else dict(sequences)
     dtype = dtype or (torch.bfloat16 if gpu else torch.float32)

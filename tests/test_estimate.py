@@ -92,6 +92,7 @@ def test_what_does_not_fit_and_what_would_help(main: Main, backbone: str, capsys
         (["adapter.rank=0"], "adapter.rank"),
         (["data.max_length=100000"], "data.max_length to"),
         (["device_memory=lots"], "device_memory must be a number of bytes"),
+        (["+trainer.plugins.0.compute=16bits"], "EightBitPrecision.compute must be one of auto, 16bit, int8, fp8"),
         (["adapter.momentum=0.5"], "adamw does not take it"),
     ],
 )
