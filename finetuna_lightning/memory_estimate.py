@@ -177,14 +177,15 @@ class _Run:
         there = {path for path, _ in model.named_modules()}
         for name in names:
             config = self.adapters[name]
-            targets, plain = ([_exactly(path) for path in paths if path in there] for paths in self.paths[name])
+            targets, plain = (_exactly([path for path in paths if path in there]) for paths in self.paths[name])
             bank.add(name, rank=config.rank, alpha=config.alpha, dropout=config.dropout, bias=config.bias,
                      targets=targets, plain=plain)  # fmt: skip
         return bank
 
 
-def _exactly(path: str) -> str:
-    return "(?:" + path.replace(".", r"\.") + ")"
+def _exactly(paths: Sequence[str]) -> list[str]:
+    """One pattern for all of ``paths``: each pattern is a walk over the model."""
+    return ["|".join(path.replace(".", r"\.") for path in paths)] if paths else []
 
 
 def _new_heads(model: nn.Module, task: str) -> list[str]:

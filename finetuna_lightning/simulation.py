@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from finetuna_lightning.errors import BackboneError
 from finetuna_lightning.nn import joint_cpu
-from finetuna_lightning.ops import loss, reference
+from finetuna_lightning.ops import cpu_rows, loss, reference
 
 FORWARD, HEAD, HEAD_BACKWARD = "forward pass of the layers", "head and loss", "backward pass of the head"
 LAST_BACKWARD, FIRST_BACKWARD = "backward pass of the last layer", "backward pass of the first layer"
@@ -231,17 +231,20 @@ def _as_on(gpu: bool) -> Iterator[None]:
     which, such tensors cannot say."""
     attention = torch.nn.functional.scaled_dot_product_attention
     own = loss.on_host, loss.rows_that_count, loss.may_hold_any, loss.cross_entropy_, joint_cpu.takes
+    read_out = cpu_rows.dequantize_rows_
     if gpu:
         torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FlashAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
         loss.on_host = lambda x: False
         loss.cross_entropy_ = lambda *_: None  # Triton's writes over the logits
         joint_cpu.takes = lambda *_: False
+        cpu_rows.dequantize_rows_ = lambda codes, scale, out: out  # in one pass, not in hundreds of pieces of a matrix
     loss.rows_that_count, loss.may_hold_any = lambda labels: torch.arange(len(labels) - 1), lambda mask: True
     try:
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention = attention
         loss.on_host, loss.rows_that_count, loss.may_hold_any, loss.cross_entropy_, joint_cpu.takes = own
+        cpu_rows.dequantize_rows_ = read_out
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
