@@ -39,16 +39,20 @@ def ragged() -> Batches:
     return batches
 
 
-def joint_against_alone(folder: Path, mistake: Callable[[], None] = lambda: None) -> float:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
+    """What x and y become by themselves, no mistake being made."""
+    found = {name: Weights() for name in NAMES}
+    for name, weights in found.items():
+        run(tmp_path_factory.mktemp(name), {name: CONFIGS[name]}, weights, batches=only(ragged(), name))
+    return found
+
+
+def joint_against_alone(folder: Path, alone: dict[str, Weights]) -> float:
     """The largest difference of any weight of x and y, after any batch, from those of the adapter alone; relative to
-    how far it went. Loss, gradients, dropout, accumulation, clipping and schedule all have a part in it. ``mistake`` is
-    made before the joint run."""
-    batches, joint = ragged(), Weights()
-    alone = {name: Weights() for name in NAMES}
-    for name, weights in alone.items():
-        run(folder / name, {name: CONFIGS[name]}, weights, batches=only(batches, name))
-    mistake()
-    run(folder / "joint", CONFIGS, joint, batches=batches)
+    how far it went. Loss, gradients, dropout, accumulation, clipping and schedule all have a part in it."""
+    joint = Weights()
+    run(folder / "joint", CONFIGS, joint, batches=ragged())
     found = 0.0
     for name, weights in alone.items():
         way = difference(of(weights.taken[-1], name), of(weights.taken[0], name))
@@ -71,8 +75,8 @@ def fault_against_none(folder: Path) -> float:
     return found if all(bool(value.isfinite().all()) for value in bad.taken[-1].values()) else math.inf
 
 
-def test_joint_is_as_alone(tmp_path: Path) -> None:
-    assert joint_against_alone(tmp_path) < 1e-5
+def test_joint_is_as_alone(tmp_path: Path, alone: dict[str, Weights]) -> None:
+    assert joint_against_alone(tmp_path, alone) < 1e-5
 
 
 def test_a_fault_is_not_noticed(tmp_path: Path) -> None:
@@ -172,8 +176,11 @@ def shared_steps(patch: pytest.MonkeyPatch) -> None:
         shared_steps,
     ],
 )
-def test_a_mutant_is_no_longer_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Patch) -> None:
-    found = joint_against_alone(tmp_path, lambda: mutant(monkeypatch))
+def test_a_mutant_is_no_longer_as_alone(
+    tmp_path: Path, alone: dict[str, Weights], monkeypatch: pytest.MonkeyPatch, mutant: Patch
+) -> None:
+    mutant(monkeypatch)
+    found = joint_against_alone(tmp_path, alone)
     assert not found < 1e-3, f"{mutant.__name__}: {found}"  # NaN is no agreement either
 
 

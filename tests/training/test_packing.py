@@ -324,18 +324,25 @@ def test_a_deterministic_joint_run_is_bit_for_bit_each_solo_run(tmp_path: Path, 
         assert held_out[0][0][f"val/{name}/loss"] == held_out[1][0][f"val/{name}/loss"]
 
 
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[dict[str, list[Tensor]], dict[str, Tensor]]]:
+    """Losses and final weights of the run of all, packed or not."""
+    folder = tmp_path_factory.mktemp("joint")
+    return {packing: fit(folder, list(FITS), packing=packing)[:2] for packing in (True, False)}
+
+
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_joint_run_is_each_solo_run_to_rounding(tmp_path: Path, packing: bool) -> None:
+def test_a_joint_run_is_each_solo_run_to_rounding(tmp_path: Path, joint: dict[bool, Any], packing: bool) -> None:
     """Losses and final weights to 1e-5: of the loss, and of the norm of all of an adapter's weights."""
-    losses, weights, _ = fit(tmp_path, list(FITS), packing=packing)
+    losses, weights = joint[packing]
     for name in FITS:
         own_losses, own_weights, _ = fit(tmp_path, [name], packing=packing)
         assert apart(torch.stack(losses[name]), torch.stack(own_losses[name])) < 1e-5
         assert apart(whole(of(weights, name)), whole(own_weights)) < 1e-5, name
 
 
-def test_packing_changes_no_run(tmp_path: Path) -> None:
-    packed, padded = (fit(tmp_path, list(FITS), packing=packing) for packing in (True, False))
+def test_packing_changes_no_run(joint: dict[bool, Any]) -> None:
+    packed, padded = joint[True], joint[False]
     for name in FITS:
         assert apart(torch.stack(packed[0][name]), torch.stack(padded[0][name])) < 1e-5
         assert apart(whole(of(packed[1], name)), whole(of(padded[1], name))) < 1e-5

@@ -121,12 +121,20 @@ HOOKS = {"in a batch": "on_before_zero_grad", "before a validation": "on_validat
          "in a validation": "on_validation_batch_start"}  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Diary]:
+    """The end and the diary of a run to which no signal comes."""
+    whole = Diary()
+    return state_of(fit(tmp_path_factory.mktemp("whole"), whole, max_steps=6)), whole
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", HOOKS)
-def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(tmp_path: Path, where: str, number: int) -> None:
+def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
+    tmp_path: Path, uninterrupted: tuple[dict[str, Any], Diary], where: str, number: int
+) -> None:
     """In the middle of an accumulation or of a validation, with the batch and validation losses to come."""
-    whole = Diary()
-    end = state_of(fit(tmp_path, whole, max_steps=6))
+    end, whole = uninterrupted
     batch = 4 if where != "in a batch" else 6
     first, before = TrainerCheckpoint(every_minutes=None), signal.getsignal(number)
     with pytest.raises(SystemExit) as caught:
