@@ -27,7 +27,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "legal": {"batch_size": 3, "max_length": 24},
     "chat": {"batch_size": 1, "max_length": 16},
 }
-STEPS = 14
+STEPS = 11
 """Optimizer steps; two batches each, but for the last of an epoch: an epoch has an odd number of batches."""
 
 
