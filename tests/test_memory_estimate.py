@@ -232,7 +232,7 @@ def test_targets_of_some_layers_only() -> None:
 
 
 def test_adapters_that_fit_are_those_whose_own_estimate_fits() -> None:
-    config, one, each = llama(4), AdapterConfig(rank=4), Sequences(1, 64)
+    config, one, each = llama(4), AdapterConfig(rank=4, target_modules=["q_proj", "up_proj"]), Sequences(1, 64)
 
     def needed(count: int) -> int:
         return estimate_memory(config, {f"a{i}": one for i in range(count)}, each).needed
@@ -253,7 +253,7 @@ def test_adapters_that_fit_are_those_whose_own_estimate_fits() -> None:
 
 
 def test_on_a_gpu_activations_have_16_bits_and_scores_are_not_kept() -> None:
-    config, own = llama(4), {"a": AdapterConfig(rank=2)}
+    config, own = llama(2), {"a": AdapterConfig(rank=2)}
     cpu, gpu = (estimate_memory(config, own, Sequences(2, 128), device=device) for device in ("cpu", "cuda"))
     assert gpu.activations < 0.75 * cpu.activations
     assert gpu.needed - gpu.peak > cpu.needed - cpu.peak == 0
