@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping, modeling_utils
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
+from benchmarks import w8
 from finetuna_lightning import loading, shards
 from finetuna_lightning.backbone import AUTO_CLASSES, fingerprints, load_backbone, quantize_model_, save_backbone
 from finetuna_lightning.errors import BackboneError
@@ -342,12 +343,13 @@ def test_a_transformers_that_opens_files_otherwise_still_loads(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_the_benchmark_finds_both_forms_equal() -> None:
+def test_the_benchmark_finds_both_forms_equal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--layers", "2", "--hidden", "512", "--vocabulary", "4000", "--runs", "1", "--device", "cpu"]
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.w8", *options],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "codes that differ from the reference's: 0.0e+00; both forms the same: True" in run.stdout
-    assert "saved: loading / reading" in run.stdout
+    monkeypatch.setattr(sys, "argv", ["w8", *options])
+    monkeypatch.setattr(transformers.utils.logging, "disable_progress_bar", lambda: None)  # for good, that would be
+    assert w8.main() == 0
+    said = capsys.readouterr().out
+    assert "codes that differ from the reference's: 0.0e+00; both forms the same: True" in said
+    assert "saved: loading / reading" in said
