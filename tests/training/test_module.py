@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,17 @@ def test_gradients_go_past_autograd_in_a_training_step_of_ours_alone(
     module.automatic_optimization = True
     monkeypatch.setattr(Trainer, "world_size", 2)
     assert of_a_step() == [False]
+
+
+def test_what_stays_is_frozen_for_python_s_collector_during_a_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And thawed at its end, or where a fit before it failed."""
+    calls: list[str] = []
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
+    monkeypatch.setattr(gc, "unfreeze", lambda: calls.append("unfreeze"))
+    tiny_fit(tiny_module(tmp_path, {"a": {}}), tiny_batches(["a"], 1))
+    assert calls == ["unfreeze", "freeze", "unfreeze"]
 
 
 def test_logged_values_are_moved_once_in_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
