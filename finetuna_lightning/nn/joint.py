@@ -96,7 +96,7 @@ class _Group:
     outputs: tuple[int, ...]
     at: int
     up: int
-    blocks: Tensor
+    blocks: tuple[Tensor, Tensor]
     live: tuple[bool, ...]
     even: bool
 
@@ -198,10 +198,11 @@ def _make_table(
             if spare:
                 pieces.append((0, 0, width, True, at, width, spare))
                 pieces.append((0, 0, total, True, above + len(group) * rank * total, total, spare))
+        blocks, counts = lowrank.blocks(outputs)
         ranks = torch.tensor([[entry[2] for entry in layer] for layer in group], dtype=torch.int32)
         made.append(_Group(
             ranks.to(device), scales.to(device), rank, width, tuple(outputs), start, up,
-            lowrank.blocks(outputs).to(device), tuple(any(entry[2] for entry in layer) for layer in group),
+            (blocks.to(device), counts.to(device)), tuple(any(entry[2] for entry in layer) for layer in group),
             all(entry[2] == rank for layer in group for entry in layer),
         ))  # fmt: skip
     return _Table(lowrank.jobs(pieces).to(device), size, max(piece[2] for piece in pieces), tuple(made))
@@ -429,28 +430,36 @@ class _Deltas:
             return _NOTHING
         return low.narrow(1, index * self.group.rank, self.group.rank), self._up(index)
 
-    def backward_low(self, grad: Tensor) -> Tensor | None:
-        """``s dY B`` of all layers side by side [T, C], from the gradients of their outputs side by side."""
+    def backward(self, grad: Tensor, low: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """From the gradients of the layers' outputs side by side: ``s dY B`` of all layers side by side [T, C], and the
+        gradients of all B (see ``lowrank.up_backward``)."""
         from finetuna_lightning.ops.kernels import lowrank
 
-        if self.group is None:
-            return None
-        return lowrank.down(grad, self._up(), self.group.scales, self.tiling.tiles)
+        group, cut = self.group, self.tiling
+        if group is None or low is None:
+            return _NOTHING
+        return lowrank.up_backward(
+            grad, low, self._up(), group.scales, cut.tiles, cut.chunks, cut.first, group.ranks, group.rank, group.blocks
+        )
 
     def inputs(self, back: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What the product for the input's gradient adds: ``back`` [T, C] and A [n, C, d]."""
         return _NOTHING if back is None else (back, self._inner())
 
-    def gradients(self, x: _Operand, grad: Tensor, low: Tensor | None, back: Tensor | None) -> list[Tensor]:
-        """Those of the deltas' parameters: of all A, and of all B (see ``lowrank.outer``)."""
+    def gradients(self, x: _Operand, back: Tensor | None, up: Tensor | None) -> list[Tensor]:
+        """Those of the deltas' parameters: of all A (see ``lowrank.outer``), and ``up``, of all B."""
         from finetuna_lightning.ops.kernels import lowrank
 
-        group, self.flat = self.group, None  # what was gathered has been used: its memory is for these
-        if group is None or low is None or back is None:
+        group, cut, self.flat = (
+            self.group,
+            self.tiling,
+            None,
+        )  # what was gathered has been used: its memory is for these
+        if group is None or back is None or up is None:
             return []
-        chunks, first, rank = self.tiling.chunks, self.tiling.first, group.rank
-        down = lowrank.outer(x.values, back, chunks, first, group.ranks, rank, row_scale=x.scale)
-        return [down, lowrank.outer(grad, low, chunks, first, group.ranks, rank, by_layer=group.blocks)]
+        return [
+            lowrank.outer(x.values, back, cut.chunks, cut.first, group.ranks, group.rank, row_scale=x.scale), up
+        ]  # fmt: skip
 
 
 # ---- the three forms -------------------------------------------------------------------------------------------------
@@ -491,13 +500,13 @@ class _Linear(torch.autograd.Function):
         x, low = ctx.saved_tensors
         given, grad = grad, _fitted(grad)
         (side,) = plan.gathered(ctx.dtype)
-        back = side.backward_low(grad)
+        back, up = side.backward(grad, low)
         grad_x = None
         if ctx.needs_input_grad[0]:
             operand = _operand(grad, _slices([q], ctx.dtype), q.scale)
             grad_x = _backward(operand, [q], ctx.dtype, plan.tiling.tiles, side.inputs(back))
         grad_residual = given if ctx.needs_input_grad[1] else None
-        return (grad_x, grad_residual, None, None, None, *plan.given(side.gradients(_Operand(x), grad, low, back)))
+        return (grad_x, grad_residual, None, None, None, *plan.given(side.gradients(_Operand(x), back, up)))
 
 
 class _Attention(torch.autograd.Function):
@@ -539,7 +548,7 @@ class _Attention(torch.autograd.Function):
         heads = [grad.transpose(1, 2) for grad in grads[:3]]
         rows.rotate([h if h.stride(-1) == 1 else h.contiguous() for h in heads], parts, cos, sin, backward=True)
         (side,) = plan.gathered(x.dtype)
-        back = side.backward_low(whole)
+        back, up = side.backward(whole, low)
         grad_x = grads[3]
         if ctx.needs_input_grad[0]:
             operand = _operand(whole, _slices(weights, x.dtype), _scales(weights))
@@ -550,7 +559,7 @@ class _Attention(torch.autograd.Function):
             else:
                 grad_x = rows.norm_backward(inner, x, ctx.norm[0], saved[0], _fitted(grad_x))
         kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
-        return (grad_x, *[None] * 7, *plan.given(side.gradients(kept, whole, low, back)))
+        return (grad_x, *[None] * 7, *plan.given(side.gradients(kept, back, up)))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -587,13 +596,13 @@ class _SwiGLU(torch.autograd.Function):
         slices, dtype, tiles = _slices(weights, gate.dtype), gate.dtype, plan.tiling.tiles
         grad = _fitted(grad)
         first, last = plan.gathered(dtype)
-        back_h = last.backward_low(grad)
+        back_h, up_h = last.backward(grad, low_h)
         h = _backward(_operand(grad, slices, weights[2].scale), weights[2:], dtype, tiles, last.inputs(back_h))
         column_scale = _scales(weights[:2]) if slices else None
         both, codes, scale = rows.swiglu_backward(h, gate, up, column_scale, slices)
-        outer_grads = last.gradients(_Operand(h), grad, low_h, back_h)  # h is now what went into down
+        outer_grads = last.gradients(_Operand(h), back_h, up_h)  # h is now what went into down
         del h
-        back = first.backward_low(both)
+        back, up = first.backward(both, low)
         grad_x = None
         if ctx.needs_input_grad[0]:
             operand = _Operand(both) if codes is None else _Operand(codes, scale)
@@ -603,7 +612,7 @@ class _SwiGLU(torch.autograd.Function):
                 grad_x = rows.norm_backward(grad_x, x, ctx.norm[0], saved[0], grad)
         del codes, scale
         kept = _Operand(x) if ctx.norm is None else _Operand(*saved[1:])
-        inner_grads = first.gradients(kept, both, low, back)
+        inner_grads = first.gradients(kept, back, up)
         return (grad_x, None, None, None, *plan.given(inner_grads + outer_grads))
 
 

@@ -162,7 +162,7 @@ def passed(
 def test_every_kernel_agrees_with_float64() -> None:
     from tests.helpers.kernels import check_all
 
-    assert len(check_all("cuda")) == 11
+    assert len(check_all("cuda")) == 12
 
 
 def test_a_llama_is_fused_whole() -> None:

@@ -241,19 +241,42 @@ def check_lowrank(case: Case) -> None:
                     part = found.view(3, len(ranks), -1)[slot, index, : r * width].view(r, width).t()
                     if r:
                         assert distance(part, sums[slot][:, index * rank : index * rank + r]) < bound
-            widths = (16, 144, 48)[: len(ranks)] if len(ranks) == 3 else (64, 144)
-            by_layer = lowrank.blocks(widths).to(case.device)
-            found = lowrank.outer(
-                values, low, cut.chunks, cut.first, held, rank, by_layer=by_layer, row_scale=scale
-            )  # fmt: skip
-            before = 0
-            for index, (side, layer_ranks) in enumerate(zip(widths, ranks, strict=True)):
-                for slot, r in enumerate(layer_ranks):
-                    part = found[slot, before * rank : before * rank + side * r].view(side, r)
-                    if r:
-                        true = sums[slot][before : before + side, index * rank : index * rank + r]
-                        assert distance(part, true) < bound
-                before += side
+
+
+def check_up_backward(case: Case) -> None:
+    """Ragged ranks, adapters without a layer; layers side by side, one of them of several blocks, of which the last
+    reaches into the next."""
+    cut = case.tiles()
+    for rank, ranks, widths in (
+        (16, ((4, 16, 0), (7, 3, 16), (1, 2, 3)), (16, 2 * lowrank.UP_COLUMNS + 48, 80)),
+        (64, ((4, 40, 0), (7, 3, 17)), (64, 144)),
+    ):
+        columns, width = lowrank.columns_of(len(ranks), rank), sum(widths)
+        grad, low, scales = case.random(234, width + 32)[:, 16:-16], case.random(234, columns), case.uniform(3, columns)
+        matrices = torch.zeros(3, columns, width, device=case.device, dtype=case.dtype)
+        starts = [sum(widths[:index]) for index in range(len(widths))]
+        for index, layer in enumerate(ranks):
+            for slot, r in enumerate(layer):
+                at = slice(index * rank, index * rank + r), slice(starts[index], starts[index] + widths[index])
+                matrices[slot][at] = case.random(r, widths[index])
+        wanted = torch.zeros(234, columns, dtype=torch.float64, device=case.device)
+        sums = torch.zeros(3, width, columns, dtype=torch.float64, device=case.device)
+        for name, start, stop in SPANS:
+            slot, rows_of = SLOTS[name], grad[start:stop].double()
+            wanted[start:stop] = rows_of @ matrices[slot].double().t() * scales[slot].double()
+            sums[slot] += rows_of.t() @ low[start:stop].double()
+        table, counts = (t.to(case.device) for t in lowrank.blocks(widths))
+        held = torch.tensor(ranks, dtype=torch.int32, device=case.device)
+        back, found = lowrank.up_backward(
+            grad, low, matrices, scales, cut.tiles, cut.chunks, cut.first, held, rank, (table, counts)
+        )
+        assert distance(back, wanted) < case.bound
+        assert not back[:, len(ranks) * rank :].any()
+        for index, (start, side) in enumerate(zip(starts, widths, strict=True)):
+            for slot, r in enumerate(ranks[index]):
+                part = found[slot, start * rank : start * rank + side * r].view(side, r)
+                true = sums[slot][start : start + side, index * rank : index * rank + r]
+                assert not r or distance(part, true) < 1e-3
 
 
 def check_gemm(case: Case, options: Callable[[bool], dict[str, Any]]) -> None:

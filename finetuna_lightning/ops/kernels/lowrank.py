@@ -1,5 +1,5 @@
 """The skinny products of low-rank deltas, for all adapters of a batch at once: ``low = s X M^T`` and ``G = X^T low``,
-the gradient of a matrix.
+the gradient of a matrix; of the outputs' gradient, which is the widest there is, both in one reading.
 
 Parameters stand in float32 wherever their adapters keep them, of any ranks; ``gather`` reads those of some layers
 through a table of addresses into one small 16-bit buffer, which both products and the epilogue of ``gemm`` then read.
@@ -145,7 +145,9 @@ def down(
     tokens, width = x.shape[-2:]
     columns = matrices.shape[1]
     block = min(64, columns)
-    chosen = options or {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+    slices = _slices(x, row_scale)
+    shape = {"BM": 32, "BK": 256} if slices == 1 else {"BM": 64, "BK": 128}  # int8, K = 14,336: 55 us, 64 by 128: 76
+    chosen = options or {**shape, "num_warps": 4, "num_stages": 4}
     if low is None:
         low = torch.empty(tokens, columns, dtype=matrices.dtype, device=x.device)
     parts = TILE_ROWS // chosen["BM"]
@@ -153,7 +155,7 @@ def down(
     m_desc = descriptor(matrices, (matrices.shape[0] * columns, width), width, (block, chosen["BK"]))
     _down(
         (tiles.shape[1] * parts, columns // block), x_desc, m_desc, low, row_scale, scales, tiles, width, columns,
-        low.stride(0), tokens, tiles.shape[1], CB=block, PARTS=parts, SLICES=_slices(x, row_scale), **chosen,
+        low.stride(0), tokens, tiles.shape[1], CB=block, PARTS=parts, SLICES=slices, **chosen,
     )  # fmt: skip
     return low
 
@@ -163,35 +165,19 @@ def _slices(x: Tensor, row_scale: Tensor | None) -> int:
 
 
 @Kernel
-@triton.jit(do_not_specialize=["tokens", "adapters", "chunk_count", "block_count"])
+@triton.jit(do_not_specialize=["tokens", "adapters", "chunk_count"])
 def _outer(
-    x_desc, low_desc, x_ptr, low_ptr, row_scale_ptr, out_ptr, rank_ptr, chunks_ptr, blocks_ptr,
-    N, R, layers, stride_x, stride_low, tokens, adapters, chunk_count, block_count,
-    BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, UP: tl.constexpr, SLICES: tl.constexpr,
+    x_desc, low_desc, x_ptr, low_ptr, row_scale_ptr, out_ptr, rank_ptr, chunks_ptr, N, R, layers, stride_x, stride_low,
+    tokens, adapters, chunk_count, BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     start = tl.load(chunks_ptr + chunk)
     stop = tl.load(chunks_ptr + chunk_count + chunk)
     adapter = tl.load(chunks_ptr + 2 * chunk_count + chunk)
-    block = tl.program_id(1)
-    c = tl.program_id(2) * CB + tl.arange(0, CB)
-    if UP:  # these features are one layer's, which has R columns of its own
-        first = tl.load(blocks_ptr + block)
-        n0 = tl.load(blocks_ptr + block_count + block)
-        end = tl.load(blocks_ptr + 2 * block_count + block)
-        owner = tl.load(blocks_ptr + 3 * block_count + block)
-        c0 = owner * R + tl.program_id(2) * CB
-        layer = c * 0 + owner
-        index = c
-    else:
-        first = 0
-        n0 = block * BN
-        end = N
-        c0 = tl.program_id(2) * CB
-        layer = c // R
-        index = c % R
+    n0 = tl.program_id(1) * BN
+    c0 = tl.program_id(2) * CB
     n = n0 + tl.arange(0, BN)
-    inside = n < end
+    inside = n < N
     columns = c0 + tl.arange(0, CB)
     whole = start + (stop - start) // BT * BT
     acc = tl.zeros((BN, CB), dtype=tl.float32)
@@ -216,11 +202,10 @@ def _outer(
         if SLICES:
             low = (low.to(tl.float32) * tl.load(row_scale_ptr + rows, mask=rows < stop, other=0.0)[:, None]).to(kind)
         acc = tl.dot(x.to(kind).T, low, acc)
+    layer = columns // R
+    index = columns % R
     rank = tl.load(rank_ptr + layer * adapters + adapter, mask=layer < layers, other=0)
-    if UP:  # [N of the layer, rank], as B
-        out = out_ptr + chunk.to(tl.int64) * N * R + first * R + (n - first)[:, None] * rank[None, :] + index[None, :]
-    else:  # [rank, N], as A
-        out = out_ptr + (layer + chunk.to(tl.int64) * layers)[None, :] * (N * R) + index[None, :] * N + n[:, None]
+    out = out_ptr + (layer + chunk.to(tl.int64) * layers)[None, :] * (N * R) + index[None, :] * N + n[:, None]
     tl.store(out, acc, mask=inside[:, None] & (index < rank)[None, :])
 
 
@@ -240,19 +225,14 @@ def _add_chunks(part_ptr, out_ptr, first_ptr, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + adapter.to(tl.int64) * size + at, acc, mask=inside)
 
 
-OUTER_COLUMNS = 128
-"""Features of one program of ``outer``."""
-
-
-def blocks(widths: Sequence[int]) -> Tensor:
-    """How the features of layers that stand side by side are cut for ``outer``, so that none has two layers': int32 [4,
-    blocks]: the first feature of the layer, the first and the end of the block, and the layer."""
-    found, first = [], 0
-    for layer, width in enumerate(widths):
-        for start in range(first, first + width, OUTER_COLUMNS):
-            found.append((first, start, min(start + OUTER_COLUMNS, first + width), layer))
-        first += width
-    return torch.tensor(found, dtype=torch.int32).t().contiguous()
+def _added(parts: Tensor, first: Tensor | None) -> Tensor:
+    """Each adapter's chunks in one."""
+    if first is None:
+        return parts
+    adapters, size = first.shape[0] - 1, parts.shape[1]
+    out = torch.empty(adapters, size, dtype=torch.float32, device=parts.device)
+    _add_chunks((adapters, cdiv(size, 4096)), parts, out, first, size, BLOCK=4096)
+    return out
 
 
 def outer(
@@ -263,14 +243,11 @@ def outer(
     ranks: Tensor,
     rank: int,
     *,
-    by_layer: Tensor | None = None,
     row_scale: Tensor | None = None,
     options: dict[str, int] | None = None,
 ) -> Tensor:
-    """The gradients ``X^T low`` of every adapter and layer in float32. Of layers that share X, [n, L, N * R]: each a
-    matrix [r, N], as A. Of layers whose outputs stand side by side in X, ``by_layer`` (see ``blocks``): [n, N * R], for
-    each its [N of the layer, r], as B, at R times its first feature. Each is packed for its own rank r at the start of
-    its place; the rest of the place is not written.
+    """The gradients ``X^T low`` of every adapter's A in layers that share X, in float32 [n, L, N * R]: each a matrix
+    [r, N], packed for its own rank r at the start of its place; the rest of the place is not written.
 
     Args:
         x: [M, N] in 16 bits, or in int8 with ``row_scale`` float32 [M], or two slices [2, M, N]; low: 16 bits [M, C].
@@ -280,21 +257,153 @@ def outer(
         ranks: int32 [L, n]; rank: R.
     """
     (tokens, width), (layers, adapters) = x.shape[-2:], ranks.shape
-    columns = low.shape[1] if by_layer is None else rank
+    columns = low.shape[1]
     block = min(64, columns)
-    chosen = options or {"BT": 64, "num_warps": 4, "num_stages": 4}
-    size = (layers if by_layer is None else 1) * width * rank
-    parts = torch.empty(chunks.shape[1], size, dtype=torch.float32, device=x.device)
-    count = cdiv(width, OUTER_COLUMNS) if by_layer is None else by_layer.shape[1]
-    x_desc = descriptor(x, (x.numel() // width, width), x.stride(-2), (chosen["BT"], OUTER_COLUMNS))
+    chosen = options or {"BT": 64, "BN": 128, "num_warps": 4, "num_stages": 4}
+    parts = torch.empty(chunks.shape[1], layers * width * rank, dtype=torch.float32, device=x.device)
+    x_desc = descriptor(x, (x.numel() // width, width), x.stride(-2), (chosen["BT"], chosen["BN"]))
     low_desc = descriptor(low, low.shape, low.stride(0), (chosen["BT"], block))
     _outer(
-        (chunks.shape[1], count, columns // block), x_desc, low_desc, x, low, row_scale, parts, ranks, chunks, by_layer,
-        width, rank, layers, x.stride(-2), low.stride(0), tokens, adapters, chunks.shape[1], count,
-        BN=OUTER_COLUMNS, CB=block, UP=by_layer is not None, SLICES=_slices(x, row_scale), **chosen,
+        (chunks.shape[1], cdiv(width, chosen["BN"]), columns // block), x_desc, low_desc, x, low, row_scale, parts,
+        ranks, chunks, width, rank, layers, x.stride(-2), low.stride(0), tokens, adapters, chunks.shape[1],
+        CB=block, SLICES=_slices(x, row_scale), **chosen,
     )  # fmt: skip
-    if first is None:
-        return parts
-    out = torch.empty(adapters, size, dtype=torch.float32, device=x.device)
-    _add_chunks((adapters, cdiv(size, 4096)), parts, out, first, size, BLOCK=4096)
-    return out
+    return _added(parts, first)
+
+
+UP_COLUMNS = 256
+"""Features of one program of ``up_backward``, whose parts of ``low`` are added up one after another: so they must not
+depend on ranks, or an adapter's sums would be others in company."""
+
+
+def blocks(widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """How the features of layers that stand side by side are cut for ``up_backward``, so that no block has two layers':
+    int32 [4, blocks]: the first feature of the layer, the first and the end of the block, and the layer; and int32 [L +
+    1], the first block of each layer."""
+    found, first, counts = [], 0, [0]
+    for layer, width in enumerate(widths):
+        for start in range(first, first + width, UP_COLUMNS):
+            found.append((first, start, min(start + UP_COLUMNS, first + width), layer))
+        first += width
+        counts.append(len(found))
+    return torch.tensor(found, dtype=torch.int32).t().contiguous(), torch.tensor(counts, dtype=torch.int32)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["tokens", "adapters", "chunk_count", "block_count"])
+def _up_backward(
+    grad_desc, low_desc, m_desc, grad_ptr, low_ptr, part_ptr, out_ptr, rank_ptr, chunks_ptr, blocks_ptr,
+    N, R, C, stride_g, stride_low, tokens, adapters, chunk_count, block_count,
+    BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    start = tl.load(chunks_ptr + chunk)
+    stop = tl.load(chunks_ptr + chunk_count + chunk)
+    adapter = tl.load(chunks_ptr + 2 * chunk_count + chunk)
+    block = tl.program_id(1)
+    first = tl.load(blocks_ptr + block)
+    n0 = tl.load(blocks_ptr + block_count + block)
+    end = tl.load(blocks_ptr + 2 * block_count + block)
+    layer = tl.load(blocks_ptr + 3 * block_count + block)
+    index = tl.program_id(2) * CB + tl.arange(0, CB)  # of the layer's R columns
+    c0 = layer * R + tl.program_id(2) * CB
+    n = n0 + tl.arange(0, BN)
+    inside = n < end
+    m = m_desc.load([adapter * C + c0, n0])  # zeros where a block reaches into the next layer
+    part_ptr += block.to(tl.int64) * tokens * R
+    whole = start + (stop - start) // BT * BT
+    acc = tl.zeros((BN, CB), dtype=tl.float32)
+    for t in range(start, whole, BT):
+        low = low_desc.load([t, c0])
+        grad = grad_desc.load([t, n0])
+        part = tl.dot(grad, m.T)
+        acc = tl.dot(grad.T, low, acc)
+        rows = t + tl.arange(0, BT)
+        tl.store(part_ptr + rows[:, None] * R + index[None, :], part)
+    if whole < stop:  # the rows after these are another adapter's
+        rows = whole + tl.arange(0, BT)
+        here = (rows < stop)[:, None]
+        at = rows.to(tl.int64)[:, None]
+        grad = tl.load(grad_ptr + at * stride_g + n[None, :], mask=here & inside[None, :], other=0.0)
+        columns = (c0 + tl.arange(0, CB))[None, :]
+        low = tl.load(low_ptr + at * stride_low + columns, mask=here & (columns >= 0), other=0.0)
+        part = tl.dot(grad, m.T)
+        acc = tl.dot(grad.T, low, acc)
+        tl.store(part_ptr + rows[:, None] * R + index[None, :], part, mask=here & (columns >= 0))
+    rank = tl.load(rank_ptr + layer * adapters + adapter)
+    out = out_ptr + chunk.to(tl.int64) * N * R + first * R + (n - first)[:, None] * rank + index[None, :]
+    tl.store(out, acc, mask=inside[:, None] & (index < rank)[None, :])
+
+
+@Kernel
+@triton.jit(do_not_specialize=["tokens", "tile_count"])
+def _add_blocks(
+    part_ptr, out_ptr, scale_ptr, tiles_ptr, counts_ptr, R, C, layers, tokens, tile_count,
+    BM: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) // PARTS
+    start = tl.load(tiles_ptr + tile) + tl.program_id(0) % PARTS * BM
+    stop = tl.load(tiles_ptr + tile_count + tile)
+    if start >= stop:
+        return
+    adapter = tl.load(tiles_ptr + 2 * tile_count + tile)
+    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    layer = tl.program_id(1) * CB // R
+    rows = start + tl.arange(0, BM)
+    live = (rows < stop)[:, None] & (c >= 0)[None, :]
+    acc = tl.zeros((BM, CB), dtype=tl.float32)
+    if layer < layers:
+        first = tl.load(counts_ptr + layer)
+        part = part_ptr + first.to(tl.int64) * tokens * R + rows[:, None] * R + (c - layer * R)[None, :]
+        for _ in tl.range(first, tl.load(counts_ptr + layer + 1), num_stages=AHEAD):
+            acc += tl.load(part, mask=live, other=0.0)
+            part += tokens.to(tl.int64) * R
+    acc = acc * tl.load(scale_ptr + adapter * C + c)[None, :]
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live)
+
+
+def up_backward(
+    grad: Tensor,
+    low: Tensor,
+    matrices: Tensor,
+    scales: Tensor,
+    tiles: Tensor,
+    chunks: Tensor,
+    first: Tensor | None,
+    ranks: Tensor,
+    rank: int,
+    blocks: tuple[Tensor, Tensor],
+    options: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Backwards through every adapter's B in layers whose outputs stand side by side: ``back = scale * dY B`` [M, C],
+    the layers' side by side, in the matrices' type; and the gradients ``dY^T low`` in float32 [n, N * R]: of each layer
+    [N of the layer, r], at R times its first feature, packed for its own rank r; the rest is not written.
+
+    Args:
+        grad: dY, [M, N] in 16 bits; low: [M, C], of its type. Rows contiguous, a multiple of 16 bytes apart.
+        matrices: [n, C, N], of its type (see ``gather``): in a layer's R rows zeros but for the layer's own N.
+        scales: float32 [n, C].
+        tiles, chunks, first, ranks, rank: see ``down`` and ``outer``.
+        blocks: see ``blocks``.
+    """
+    (tokens, width), (layers, adapters) = grad.shape, ranks.shape
+    columns, (table, counts) = matrices.shape[1], blocks
+    block = min(64, rank)
+    chosen = options or {"BT": 64, "num_warps": 4 if block < 64 else 8, "num_stages": 4 if block < 64 else 3}
+    grads = torch.empty(chunks.shape[1], width * rank, dtype=torch.float32, device=grad.device)
+    parts = torch.empty(table.shape[1], tokens, rank, dtype=torch.float32, device=grad.device)
+    grad_desc = descriptor(grad, grad.shape, grad.stride(0), (chosen["BT"], UP_COLUMNS))
+    low_desc = descriptor(low, low.shape, low.stride(0), (chosen["BT"], block))
+    m_desc = descriptor(matrices, (matrices.shape[0] * columns, width), matrices.stride(1), (block, UP_COLUMNS))
+    _up_backward(
+        (chunks.shape[1], table.shape[1], rank // block), grad_desc, low_desc, m_desc, grad, low, parts, grads, ranks,
+        chunks, table, width, rank, columns, grad.stride(0), low.stride(0), tokens, adapters, chunks.shape[1],
+        table.shape[1], BN=UP_COLUMNS, CB=block, **chosen,
+    )  # fmt: skip
+    back = torch.empty(tokens, columns, dtype=matrices.dtype, device=grad.device)
+    rows = 32
+    _add_blocks(
+        (tiles.shape[1] * (TILE_ROWS // rows), columns // block), parts, back, scales, tiles, counts, rank, columns,
+        layers, tokens, tiles.shape[1], BM=rows, CB=block, PARTS=TILE_ROWS // rows, AHEAD=8, num_warps=4,
+    )  # fmt: skip
+    return back, _added(grads, first)
