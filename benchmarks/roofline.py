@@ -47,7 +47,7 @@ PARTS: dict[str, str] = {
     "optimizer": r"optimizer|adam|lion|multi_tensor|_foreach",
     "attention": r"flash|fmha|scaled_dot_product|sdpa|attention",
     "head and loss": r"^_rows|cross_entropy|log_softmax|nll_loss|fused_linear_loss|lm_head|head_loss",
-    "LoRA": r"^_down|^_outer|^_add_chunks|lora|low_?rank|grouped_mm|delta",
+    "LoRA": r"^_down|^_outer|^_up_backward|^_add_(chunks|blocks)|lora|low_?rank|grouped_mm|delta",
     "quantise, dequantise, transpose": r"^_quantize|^_transpose|^_dequantize|quanti[sz]e|e4m3|amax|float8(?!.*gemm)",
     "norm, rotary, SwiGLU": r"^_norm|^_rotate|^_swiglu|rms_?norm|rsqrt|rotary|silu|swiglu|rope",
     "base": r"gemm|nvjet|cutlass|xmma|wgmma|_scaled_mm|int_mm|aten::(mm|addmm|bmm|matmul|linear)\b",
