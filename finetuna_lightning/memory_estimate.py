@@ -185,7 +185,7 @@ class _Run:
 
 def _exactly(paths: Sequence[str]) -> list[str]:
     """One pattern for all of ``paths``: each pattern is a walk over the model."""
-    return ["|".join(path.replace(".", r"\.") for path in paths)] if paths else []
+    return ["(?:" + "|".join(path.replace(".", r"\.") for path in paths) + ")"] if paths else []
 
 
 def _new_heads(model: nn.Module, task: str) -> list[str]:
