@@ -24,6 +24,7 @@ help:  ## list the targets
 
 setup:  ## create .venv and install the pinned environment, if that has not been done
 	@# A name on PATH may be a shim that only prints an error, so a candidate counts when it runs.
+	@# pip would compile one file after another; some are of other Pythons, and do not compile at all.
 	@found=; \
 	for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
@@ -50,11 +51,12 @@ setup:  ## create .venv and install the pinned environment, if that has not been
 	echo "Installing PyTorch, Lightning, Transformers and the test tools into $(VENV), as pinned in constraints.txt."; \
 	echo "The first time takes a few minutes (log: $(LOG))."; \
 	rm -f $(STAMP); \
-	if ! $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]' >$(LOG) 2>&1; then \
+	if ! $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]' >$(LOG) 2>&1; then \
 	  cat $(LOG) >&2; \
 	  echo "The installation failed; the log above is in $(LOG). Another interpreter: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; \
 	fi; \
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true; \
 	echo "$$key" >$(STAMP)
 
 train: setup  ## train the quickstart's adapters side by side and show the tables
@@ -80,10 +82,11 @@ wheel: setup  ## build the wheel, install it into a clean environment and run it
 	mkdir "$$clean/empty"; \
 	$(BIN)/python -m venv "$$clean/venv"; \
 	echo "Installing $$(ls dist/*.whl) into a clean environment"; \
-	"$$clean/venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt dist/*.whl >$(LOG) 2>&1 \
+	"$$clean/venv/bin/python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt dist/*.whl >$(LOG) 2>&1 \
 	  || { cat $(LOG) >&2; exit 1; }; \
 	"$$clean/venv/bin/python" -m pip check; \
 	cd "$$clean/empty"; \
+	unset PYTHONDONTWRITEBYTECODE; \
 	"$$clean/venv/bin/finetuna-train" --help >/dev/null; \
 	"$$clean/venv/bin/finetuna-cli" --help >/dev/null; \
 	"$$clean/venv/bin/finetuna-estimate" experiment=quickstart; \
@@ -92,7 +95,7 @@ wheel: setup  ## build the wheel, install it into a clean environment and run it
 	echo "The wheel works from a clean environment."
 
 notebooks: setup  ## execute the notebooks
-	@$(BIN)/python -m pytest -m notebook tests/notebooks $(ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 4 -m notebook tests/notebooks $(ARGS)
 
 clean:  ## remove the environment and everything that was built or written here
 	rm -rf $(VENV) build dist outputs multirun lightning_logs *.egg-info .pytest_cache .ruff_cache .mypy_cache
