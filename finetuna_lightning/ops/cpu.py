@@ -13,6 +13,7 @@ of int32.
 
 from __future__ import annotations
 
+import platform
 import threading
 import weakref
 from collections.abc import Callable
@@ -30,6 +31,16 @@ PIECE_ELEMENTS = 1 << 19
 def has_int8(device: torch.device) -> bool:
     """Whether ``device`` is a CPU that multiplies int8 matrices in units of its own (AMX, AVX512-VNNI)."""
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_vnni_supported())
+
+
+def lacks(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``device`` is an x86 CPU without units for products in ``dtype``: there float32 is several times faster,
+    since each product converts its operands first (benchmarks/LOG.md)."""
+    if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    if dtype == torch.bfloat16:
+        return not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported()
 
 
 def quantize_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -126,6 +126,11 @@ class EightBitPrecision(Precision):
         self.set_compute(backbone, device if trainer is not None else None)
         if self.compute == "auto" and any(q.compute == "int8" for q in quantized_layers(backbone).values()):
             rank_zero_info("the backbone's products are computed in int8; EightBitPrecision(compute='16bit') does not")
+        for dtype in {q.dtype for q in quantized_layers(backbone).values() if cpu.lacks(q.dtype, device)}:
+            name = str(dtype).removeprefix("torch.")
+            rank_zero_info(
+                f"this CPU multiplies {name} slower than float32: EightBitPrecision(dtype='float32') is faster"
+            )
         return module
 
     def clip_gradients(self, optimizer: Any, clip_val: Any = 0.0, gradient_clip_algorithm: Any = None) -> None:
