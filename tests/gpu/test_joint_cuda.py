@@ -162,7 +162,31 @@ def passed(
 def test_every_kernel_agrees_with_float64() -> None:
     from tests.helpers.kernels import check_all
 
-    assert len(check_all("cuda")) == 12
+    assert len(check_all("cuda")) == 13
+
+
+def test_parts_of_a_large_rank_are_added_slab_by_slab() -> None:
+    """What B's backward pass keeps for each block of features has 64 columns at most."""
+    from finetuna_lightning.ops.kernels import lowrank
+
+    tokens, width, rank = 1024, 4096, 256
+    cut = tiling([("a", 0, tokens)], torch.device("cuda"))
+    table = tuple(part.cuda() for part in lowrank.blocks([width]))
+    given = [torch.ones(tokens, width), torch.ones(tokens, rank), torch.ones(1, rank, width)]
+    grad, low, matrices = (t.cuda().bfloat16() for t in given)
+    scales, ranks = torch.ones(1, rank, device="cuda"), torch.tensor([[rank]], dtype=torch.int32, device="cuda")
+
+    def call() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        made = lowrank.up_backward(
+            grad, low, matrices, scales, cut.tiles, cut.chunks, cut.first, ranks, rank, (table[0], table[1])
+        )
+        kept = sum(t.numel() * t.element_size() for t in made)
+        return torch.cuda.max_memory_allocated() - before - kept
+
+    call()
+    assert call() <= table[0].shape[1] * tokens * 64 * 4 + 4096
 
 
 def test_a_llama_is_fused_whole() -> None:

@@ -250,6 +250,7 @@ def check_up_backward(case: Case) -> None:
     for rank, ranks, widths in (
         (16, ((4, 16, 0), (7, 3, 16), (1, 2, 3)), (16, 2 * lowrank.UP_COLUMNS + 48, 80)),
         (64, ((4, 40, 0), (7, 3, 17)), (64, 144)),
+        (128, ((4, 100, 128), (7, 128, 0)), (16, lowrank.UP_COLUMNS + 32)),  # in two slabs
     ):
         columns, width = lowrank.columns_of(len(ranks), rank), sum(widths)
         grad, low, scales = case.random(234, width + 32)[:, 16:-16], case.random(234, columns), case.uniform(3, columns)
@@ -277,6 +278,34 @@ def check_up_backward(case: Case) -> None:
                 part = found[slot, start * rank : start * rank + side * r].view(side, r)
                 true = sums[slot][start : start + side, index * rank : index * rank + r]
                 assert not r or distance(part, true) < 1e-3
+
+
+def check_up_backward_of_several(case: Case) -> None:
+    """No bit depends on the company: a small rank alone, and beside a large one in which it is padded; two blocks."""
+    width, rows_of, r = 2 * lowrank.UP_COLUMNS + 16, SPANS[1], 10
+    start, stop = rows_of[1:]
+    grad, low, weight = case.random(234, width), case.random(234, 128), case.random(r, width)
+    found = []
+    for rank, spans, ranks in (
+        (16, [("two", 0, stop - start)], (r,)),
+        (64, SPANS, (33, r, 64)),
+        (128, SPANS, (65, r, 128)),
+    ):
+        alone = len(ranks) == 1
+        slot, cut = 0 if alone else SLOTS["two"], tiling(spans, torch.device(case.device))
+        matrices = case.random(len(ranks), rank, width)
+        matrices[slot] = 0
+        matrices[slot, :r] = weight
+        given = [t[start:stop] if alone else t for t in (grad, low[:, :rank])]
+        table = tuple(t.to(case.device) for t in lowrank.blocks([width]))
+        held = torch.tensor([ranks], dtype=torch.int32, device=case.device)
+        scales = torch.ones(len(ranks), rank, device=case.device)
+        back, gradients = lowrank.up_backward(
+            given[0], given[1].contiguous(), matrices, scales, cut.tiles, cut.chunks, cut.first, held, rank, table
+        )
+        found.append((back[:, :r] if alone else back[start:stop, :r], gradients[slot, : width * r]))
+    for others in found[1:]:
+        assert all(torch.equal(mine, other) for mine, other in zip(found[0], others, strict=True))
 
 
 def check_gemm(case: Case, options: Callable[[bool], dict[str, Any]]) -> None:

@@ -293,7 +293,7 @@ def blocks(widths: Sequence[int]) -> tuple[Tensor, Tensor]:
 @triton.jit(do_not_specialize=["tokens", "adapters", "chunk_count", "block_count"])
 def _up_backward(
     grad_desc, low_desc, m_desc, grad_ptr, low_ptr, part_ptr, out_ptr, rank_ptr, chunks_ptr, blocks_ptr,
-    N, R, C, stride_g, stride_low, tokens, adapters, chunk_count, block_count,
+    N, R, C, slab, stride_g, stride_low, tokens, adapters, chunk_count, block_count,
     BT: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -305,12 +305,13 @@ def _up_backward(
     n0 = tl.load(blocks_ptr + block_count + block)
     end = tl.load(blocks_ptr + 2 * block_count + block)
     layer = tl.load(blocks_ptr + 3 * block_count + block)
-    index = tl.program_id(2) * CB + tl.arange(0, CB)  # of the layer's R columns
-    c0 = layer * R + tl.program_id(2) * CB
+    column = tl.arange(0, CB)  # of the slab
+    index = slab + column  # of the layer's R columns
+    c0 = layer * R + slab
     n = n0 + tl.arange(0, BN)
     inside = n < end
     m = m_desc.load([adapter * C + c0, n0])  # zeros where a block reaches into the next layer
-    part_ptr += block.to(tl.int64) * tokens * R
+    part_ptr += block.to(tl.int64) * tokens * CB
     whole = start + (stop - start) // BT * BT
     acc = tl.zeros((BN, CB), dtype=tl.float32)
     for t in range(start, whole, BT):
@@ -319,17 +320,17 @@ def _up_backward(
         part = tl.dot(grad, m.T)
         acc = tl.dot(grad.T, low, acc)
         rows = t + tl.arange(0, BT)
-        tl.store(part_ptr + rows[:, None] * R + index[None, :], part)
+        tl.store(part_ptr + rows[:, None] * CB + column[None, :], part)
     if whole < stop:  # the rows after these are another adapter's
         rows = whole + tl.arange(0, BT)
         here = (rows < stop)[:, None]
         at = rows.to(tl.int64)[:, None]
         grad = tl.load(grad_ptr + at * stride_g + n[None, :], mask=here & inside[None, :], other=0.0)
-        columns = (c0 + tl.arange(0, CB))[None, :]
-        low = tl.load(low_ptr + at * stride_low + columns, mask=here & (columns >= 0), other=0.0)
+        live = here & (column >= 0)[None, :]
+        low = tl.load(low_ptr + at * stride_low + (c0 + column)[None, :], mask=live, other=0.0)
         part = tl.dot(grad, m.T)
         acc = tl.dot(grad.T, low, acc)
-        tl.store(part_ptr + rows[:, None] * R + index[None, :], part, mask=here & (columns >= 0))
+        tl.store(part_ptr + rows[:, None] * CB + column[None, :], part, mask=live)
     rank = tl.load(rank_ptr + layer * adapters + adapter)
     out = out_ptr + chunk.to(tl.int64) * N * R + first * R + (n - first)[:, None] * rank + index[None, :]
     tl.store(out, acc, mask=inside[:, None] & (index < rank)[None, :])
@@ -338,7 +339,7 @@ def _up_backward(
 @Kernel
 @triton.jit(do_not_specialize=["tokens", "tile_count"])
 def _add_blocks(
-    part_ptr, out_ptr, scale_ptr, tiles_ptr, counts_ptr, R, C, layers, tokens, tile_count,
+    part_ptr, out_ptr, scale_ptr, tiles_ptr, counts_ptr, R, C, slab, layers, tokens, tile_count,
     BM: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // PARTS
@@ -347,17 +348,18 @@ def _add_blocks(
     if start >= stop:
         return
     adapter = tl.load(tiles_ptr + 2 * tile_count + tile)
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
-    layer = tl.program_id(1) * CB // R
+    layer = tl.program_id(1)
+    column = tl.arange(0, CB)
+    c = layer * R + slab + column
     rows = start + tl.arange(0, BM)
-    live = (rows < stop)[:, None] & (c >= 0)[None, :]
+    live = (rows < stop)[:, None] & (column >= 0)[None, :]
     acc = tl.zeros((BM, CB), dtype=tl.float32)
     if layer < layers:
         first = tl.load(counts_ptr + layer)
-        part = part_ptr + first.to(tl.int64) * tokens * R + rows[:, None] * R + (c - layer * R)[None, :]
+        part = part_ptr + first.to(tl.int64) * tokens * CB + rows[:, None] * CB + column[None, :]
         for _ in tl.range(first, tl.load(counts_ptr + layer + 1), num_stages=AHEAD):
             acc += tl.load(part, mask=live, other=0.0)
-            part += tokens.to(tl.int64) * R
+            part += tokens.to(tl.int64) * CB
     acc = acc * tl.load(scale_ptr + adapter * C + c)[None, :]
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live)
 
@@ -391,19 +393,20 @@ def up_backward(
     block = min(64, rank)
     chosen = options or {"BT": 64, "num_warps": 4 if block < 64 else 8, "num_stages": 4 if block < 64 else 3}
     grads = torch.empty(chunks.shape[1], width * rank, dtype=torch.float32, device=grad.device)
-    parts = torch.empty(table.shape[1], tokens, rank, dtype=torch.float32, device=grad.device)
+    parts = torch.empty(table.shape[1], tokens, block, dtype=torch.float32, device=grad.device)
+    back = torch.empty(tokens, columns, dtype=matrices.dtype, device=grad.device)
     grad_desc = descriptor(grad, grad.shape, grad.stride(0), (chosen["BT"], UP_COLUMNS))
     low_desc = descriptor(low, low.shape, low.stride(0), (chosen["BT"], block))
     m_desc = descriptor(matrices, (matrices.shape[0] * columns, width), matrices.stride(1), (block, UP_COLUMNS))
-    _up_backward(
-        (chunks.shape[1], table.shape[1], rank // block), grad_desc, low_desc, m_desc, grad, low, parts, grads, ranks,
-        chunks, table, width, rank, columns, grad.stride(0), low.stride(0), tokens, adapters, chunks.shape[1],
-        table.shape[1], BN=UP_COLUMNS, CB=block, **chosen,
-    )  # fmt: skip
-    back = torch.empty(tokens, columns, dtype=matrices.dtype, device=grad.device)
     rows = 32
-    _add_blocks(
-        (tiles.shape[1] * (TILE_ROWS // rows), columns // block), parts, back, scales, tiles, counts, rank, columns,
-        layers, tokens, tiles.shape[1], BM=rows, CB=block, PARTS=TILE_ROWS // rows, AHEAD=8, num_warps=4,
-    )  # fmt: skip
+    for slab in range(0, rank, block):  # one after another, so that large ranks need no more room for their parts
+        _up_backward(
+            (chunks.shape[1], table.shape[1]), grad_desc, low_desc, m_desc, grad, low, parts, grads, ranks, chunks,
+            table, width, rank, columns, slab, grad.stride(0), low.stride(0), tokens, adapters, chunks.shape[1],
+            table.shape[1], BN=UP_COLUMNS, CB=block, **chosen,
+        )  # fmt: skip
+        _add_blocks(
+            (tiles.shape[1] * (TILE_ROWS // rows), columns // rank), parts, back, scales, tiles, counts, rank, columns,
+            slab, layers, tokens, tiles.shape[1], BM=rows, CB=block, PARTS=TILE_ROWS // rows, AHEAD=8, num_warps=4,
+        )  # fmt: skip
     return back, _added(grads, first)
