@@ -23,9 +23,8 @@ struct Given {
     const float *row_scale;
     const float *column_scale;
     const void *bias;
-    const void *residual;
     const int *tiles;
-    int n, k, c, step, stride_out, stride_residual, tile_count, slice;
+    int n, k, c, step, stride_out, residual, tile_count, slice;
 };
 
 constexpr int BLOCK_K = OPERANDS == 0 ? 128 : 64;  // 128 bytes
@@ -33,10 +32,10 @@ static_assert(SLICES == 1 || SLICES == 2 && OPERANDS == 0, "floats are not slice
 static_assert(ROWS == 128 && COLUMNS == 256, "two warp groups of 64 x 256, the widest product there is");
 constexpr int GROUP = 8;
 constexpr u32 HALF = 128;  // of the codes' unit, in remainders
-// Where sums of integers begin; it is taken off again, modulo 2^32, so that they are as exact. From zero, a sum that
-// changes its sign turns all its upper bits over, which costs power, and power is the limit here: 1% to 2% of the time.
-// Of ones in every second place none is far from where a carry stops.
-constexpr u32 BEGINNING = OPERANDS == 0 ? 0x15555555 : 0;
+// Where sums of integers begin, and where those of two slices go on from after the remainders; it is taken off again, so
+// that they are as exact. From zero, a sum that changes its sign turns all its upper bits over, which costs power, and
+// power is the limit here: 1% to 2% of the time. With ones in every second place a carry never goes far.
+constexpr u32 BEGINNING = OPERANDS == 0 ? 0x15555500 : 0, TURN = SLICES == 2 ? BEGINNING >> 8 : BEGINNING;
 constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PANEL = 64 * 128;         // of a tile of W along N: 64 columns, 64 rows of 128 bytes
 constexpr int PIECE = 16 * 128;         // of a tile of Y, on its way out: 16 rows, 64 columns
@@ -61,6 +60,9 @@ __device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void group_sync(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
 }
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
@@ -96,6 +98,10 @@ __device__ __forceinline__ uint4 stored_whole(u32 at) {
     return v;
 }
 
+// where in a piece the two numbers i of 16 stand that a lane has of it, as the units leave them
+__device__ __forceinline__ u32 place(int lane, int i) {
+    return (lane / 4 + i % 2 * 8) * 128 + (i / 2 ^ lane / 4) * 16 + lane % 4 * 4;
+}
 // where in a piece a lane's 16 bytes of the rows 4 i to 4 i + 3 stand
 __device__ __forceinline__ u32 part_of_row(int lane, int i) {
     const int row = lane / 8 + 4 * i;
@@ -149,7 +155,7 @@ __device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bit
 // what the units leave
 __device__ __forceinline__ float number(u32 bits) {
 #if OPERANDS == 0
-    return (float)(int)(bits - BEGINNING);
+    return (float)(int)(bits - TURN);
 #else
     return __uint_as_float(bits);
 #endif
@@ -221,9 +227,34 @@ __device__ __forceinline__ Unit unit_of(int unit, int rank, const Given &g) {
     return u;
 }
 
+// A warp's part of a tile that has been computed: 16 rows of 256 columns, two numbers in each. It is written in pieces of
+// 64 columns through shared memory, so that whole rows of a piece are written at a time; in rows of 128 bytes, swizzled,
+// so that no two lanes meet in a bank.
+struct Result {
+    u32 two[64];
+    int strip, stop, n0;  // first row, end row, first column
+};
+template <int I>
+__device__ __forceinline__ void write(const Result &r, const Given &g, u32 mine, int lane) {
+    const u32 buffer = mine + I % 2 * PIECE;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+        store(buffer + place(lane, i), r.two[16 * I + i]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = r.strip + lane / 8 + 4 * i, column = r.n0 + 64 * I + lane % 8 * 8;
+        const uint4 values = stored_whole(buffer + part_of_row(lane, i));
+        if (row < r.stop && column < g.n)
+            *(uint4 *)((u16 *)g.out + (long long)row * g.stride_out + column) = values;
+    }
+}
+
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-            const __grid_constant__ TensorMap low_map, const __grid_constant__ TensorMap m_map, const Given g) {
+            const __grid_constant__ TensorMap low_map, const __grid_constant__ TensorMap m_map,
+            const __grid_constant__ TensorMap residual_map, const Given g) {
     extern __shared__ unsigned char memory[];
     const u32 base = (shared_address(memory) + 1023) & ~1023u;  // as swizzled rows ask
     const u32 staging = base + STAGES * STAGE_BYTES;
@@ -270,6 +301,13 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                         for (int part = 0; part < parts; ++part)
                             load(b + i * PANEL + part * 2048, m_map, bar, u.n0 + 64 * i, u.m0 + c + 16 * part);
                 }
+                for (int column = 0; g.residual && column < COLUMNS; column += 128, at.next()) {
+                    const u32 to = base + at.stage * STAGE_BYTES, bar = full + 8 * at.stage;
+                    barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
+                    barrier_expect(bar, 2 * A_BYTES);
+                    load(to, residual_map, bar, u.n0 + column, u.start);
+                    load(to + A_BYTES, residual_map, bar, u.n0 + column + 64, u.start);
+                }
             }
         }
     } else {
@@ -277,14 +315,14 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
         const int thread = threadIdx.x - 128, group = thread / 128, warp = thread / 32, lane = thread % 32;
         const bool speaks = thread % 128 < 2;  // one thread for each block of the cluster
         const u32 mine = staging + warp * 2 * PIECE;
+        Result result;
+        bool waits = false;  // to be written
         for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
             u32 d[128];
 #pragma unroll
             for (int i = 0; i < 128; ++i) d[i] = BEGINNING + (SLICES == 2 ? HALF : 0);
-            Unit u;
-            int strip, before = 0;
-            float scale, scale8, columns[8];
-            for (int block = 0; block < SLICES * blocks; ++block, at.next()) {
+            int block = 0, before = 0;
+            auto begin = [&] {
                 const u32 a = base + at.stage * STAGE_BYTES + group * A_BYTES / 2;
                 const u32 b = base + at.stage * STAGE_BYTES + A_BYTES;
                 barrier_wait(full + 8 * at.stage, at.parity);
@@ -298,18 +336,8 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
 #endif
                 }
                 products_commit();
-                if (block == 0) {  // what the end asks for, while the units are busy
-                    u = unit_of(unit, rank, g);
-                    strip = u.start + 64 * group + warp % 4 * 16;
-                    const int row = strip + lane / 4;
-                    scale = g.row_scale && row < u.stop ? g.row_scale[row] : 0.f;
-                    scale8 = g.row_scale && row + 8 < u.stop ? g.row_scale[row + 8] : 0.f;
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        const int column = u.n0 + 32 * i + lane;
-                        columns[i] = g.column_scale && column < g.n ? g.column_scale[column] : 0.f;
-                    }
-                }
+            };
+            auto end = [&] {
                 products_wait<1>();
                 if (block > 0 && speaks) barrier_arrive(empty + 8 * before, thread % 128);
                 before = at.stage;
@@ -317,18 +345,32 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                 if (block == blocks - 1) {  // the remainders': to the codes' unit
                     products_wait_all(d);
 #pragma unroll
-                    for (int i = 0; i < 128; ++i) d[i] = BEGINNING + (u32)((int)(d[i] - BEGINNING) >> 8);
+                    for (int i = 0; i < 128; ++i) d[i] = (u32)((int)d[i] >> 8);
                 }
 #endif
+                at.next(), ++block;
+            };
+            if (waits) {  // the tile before is written while the units are busy
+                const int last = SLICES * blocks - 1;
+                begin(), write<0>(result, g, mine, lane), end();
+#define AND_THEN(i) \
+    if (i <= last) begin(); \
+    write<i>(result, g, mine, lane); \
+    if (i <= last) end();
+                AND_THEN(1) AND_THEN(2) AND_THEN(3)
             }
-            uint4 added[16];
-            if (g.residual)
+            // what the end asks for, ahead of it
+            const Unit u = unit_of(unit, rank, g);
+            const int strip = u.start + 64 * group + warp % 4 * 16, row = strip + lane / 4;
+            const float scale = g.row_scale && row < u.stop ? g.row_scale[row] : 0.f;
+            const float scale8 = g.row_scale && row + 8 < u.stop ? g.row_scale[row + 8] : 0.f;
+            float columns[8];
 #pragma unroll
-                for (int i = 0; i < 16; ++i) {
-                    const int row = strip + lane / 8 + i % 4 * 4, column = u.n0 + i / 4 * 64 + lane % 8 * 8;
-                    const u16 *from = (const u16 *)g.residual + (long long)row * g.stride_residual + column;
-                    added[i] = row < u.stop && column < g.n ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
-                }
+            for (int i = 0; i < 8; ++i) {
+                const int column = u.n0 + 32 * i + lane;
+                columns[i] = g.column_scale && column < g.n ? g.column_scale[column] : 0.f;
+            }
+            while (block < SLICES * blocks) begin(), end();
             products_wait_all(d);
             if (speaks) barrier_arrive(empty + 8 * before, thread % 128);
             if (g.row_scale)
@@ -365,36 +407,29 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                         d[i + 2] = plus(as_float(d[i + 2]), s.x), d[i + 3] = plus(as_float(d[i + 3]), s.y);
                     }
                 }
-            // In pieces of 16 rows and 64 columns through shared memory, so that whole rows of a piece are read and
-            // written at a time; in rows of 128 bytes, swizzled, so that no two lanes meet in a bank.
 #pragma unroll
-            for (int piece = 0; piece < 4; ++piece) {
-                const u32 buffer = mine + piece % 2 * PIECE;
-                __syncwarp();
+            for (int half = 0; half < 2; ++half) {
                 if (g.residual) {
+                    const u32 from = base + at.stage * STAGE_BYTES + (64 * group + warp % 4 * 16) * 128;
+                    barrier_wait(full + 8 * at.stage, at.parity);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) store(buffer + part_of_row(lane, i), added[4 * piece + i]);
-                    __syncwarp();
-                }
-#pragma unroll
-                for (int i = 0; i < 32; i += 2) {
-                    u32 *two = d + 32 * piece + i;
-                    const u32 to = buffer + (lane / 4 + i % 4 * 4) * 128 + (i / 4 ^ lane / 4) * 16 + lane % 4 * 4;
-                    if (g.residual) {
-                        const float2 s = unpack(stored(to));
+                    for (int i = 0; i < 32; ++i) {
+                        u32 *two = d + 64 * half + 2 * i;
+                        const float2 s = unpack(stored(from + i / 16 * A_BYTES + place(lane, i % 16)));
                         two[0] = plus(as_float(two[0]), s.x), two[1] = plus(as_float(two[1]), s.y);
                     }
-                    store(to, pack(two[0], two[1]));
+                    group_sync(group);
+                    if (speaks) barrier_arrive(empty + 8 * at.stage, thread % 128);
+                    at.next();
                 }
-                __syncwarp();
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = strip + lane / 8 + 4 * i, column = u.n0 + 64 * piece + lane % 8 * 8;
-                    const uint4 values = stored_whole(buffer + part_of_row(lane, i));
-                    if (row < u.stop && column < g.n)
-                        *(uint4 *)((u16 *)g.out + (long long)row * g.stride_out + column) = values;
-                }
+                for (int i = 32 * half; i < 32 * half + 32; ++i) result.two[i] = pack(d[2 * i], d[2 * i + 1]);
             }
+            result.strip = strip, result.stop = u.stop, result.n0 = u.n0, waits = true;
+        }
+        if (waits) {
+            write<0>(result, g, mine, lane), write<1>(result, g, mine, lane);
+            write<2>(result, g, mine, lane), write<3>(result, g, mine, lane);
         }
     }
     cluster_sync();  // a block that has ended must not be signalled

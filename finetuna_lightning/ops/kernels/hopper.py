@@ -39,8 +39,8 @@ _TENSOR_MAP_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # CUte
 _COLUMNS, _STAGES, _THREADS = 256, 4, 384
 # as hopper.cu divides it: an alignment, the stages, two pieces of Y for each of eight warps, two barriers a stage
 _SHARED_BYTES = 1024 + _STAGES * (TILE_ROWS + _COLUMNS) * 128 + 8 * 2 * 16 * 128 + _STAGES * 2 * 8
-LONGEST = 1 << 17
-"""K of int8 operands: their sums, and those of two slices, stay within int32."""
+LONGEST = 1 << 16
+"""K of int8 operands: their sums, with where these begin, stay within int32."""
 _KEPT_MAPS = 1 << 14
 _DIGEST = hashlib.sha256().digest_size
 
@@ -49,14 +49,14 @@ class _Unavailable(Exception):
     """Why there is no kernel, in words."""
 
 
-_NUMBERS = ("n", "k", "c", "step", "stride_out", "stride_residual", "tile_count", "slice")
+_NUMBERS = ("n", "k", "c", "step", "stride_out", "residual", "tile_count", "slice")
 
 
 class _Given(ctypes.Structure):
     """``Given`` of hopper.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("out", "row_scale", "column_scale", "bias", "residual", "tiles")),
+        *((name, ctypes.c_void_p) for name in ("out", "row_scale", "column_scale", "bias", "tiles")),
         *((name, ctypes.c_int) for name in _NUMBERS),
     ]
 
@@ -133,12 +133,15 @@ def product(
         height = (matrices.shape[0] - 1) * step + columns
         left = _map(low, low.shape[0], columns, low.stride(0), TILE_ROWS, 64)
         right = _map(matrices, height, n, matrices.stride(1), 16, 64)
+    added = x if residual is None else _map(residual, rows, n, residual.stride(0), TILE_ROWS, 64)
     given = _Given(
-        *(None if t is None else t.data_ptr() for t in (out, row_scale, column_scale, bias, residual, tiles)),
-        n, k, columns, step, out.stride(0), 0 if residual is None else residual.stride(0), count, rows,
+        *(None if t is None else t.data_ptr() for t in (out, row_scale, column_scale, bias, tiles)),
+        n, k, columns, step, out.stride(0), residual is not None, count, rows,
     )  # fmt: skip
     blocks = 2 * min(cdiv(count, 2) * cdiv(n, _COLUMNS), kernel.clusters)
-    arguments = (ctypes.c_void_p * 5)(x.address, w.address, left.address, right.address, ctypes.addressof(given))
+    arguments = (ctypes.c_void_p * 6)(
+        x.address, w.address, left.address, right.address, added.address, ctypes.addressof(given)
+    )  # fmt: skip
     stream = torch.cuda.current_stream(device).cuda_stream
     _check(_driver().cuLaunchKernel(
         kernel.function, blocks, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, ctypes.c_void_p(stream), arguments, None
