@@ -542,16 +542,16 @@ class _Attention(torch.autograd.Function):
 
         x, *saved, low, cos, sin = ctx.saved_tensors
         weights, plan = ctx.weights, ctx.plan
-        outputs = [q.shape[0] for q in weights]
-        whole = torch.empty(x.shape[0], sum(outputs), dtype=x.dtype, device=x.device)
-        parts = list(whole.split(outputs, 1))
+        slices = _slices(weights, x.dtype) if ctx.needs_input_grad[0] else 0
         heads = [grad.transpose(1, 2) for grad in grads[:3]]
-        rows.rotate([h if h.stride(-1) == 1 else h.contiguous() for h in heads], parts, cos, sin, backward=True)
+        heads = [h if h.stride(-1) == 1 else h.contiguous() for h in heads]
+        whole, codes, scale = rows.rotate_back(heads, cos, sin, _scales(weights) if slices else None, slices)
         (side,) = plan.gathered(x.dtype)
         back, up = side.backward(whole, low)
         grad_x = grads[3]
         if ctx.needs_input_grad[0]:
-            operand = _operand(whole, _slices(weights, x.dtype), _scales(weights))
+            operand = _Operand(whole) if codes is None else _Operand(codes, scale)
+            del codes, scale
             inner = _backward(operand, weights, x.dtype, plan.tiling.tiles, side.inputs(back))
             del operand
             if ctx.norm is None:

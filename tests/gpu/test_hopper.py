@@ -25,7 +25,7 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
 DEVICE = torch.device("cuda")
 # one tile, an odd number, ragged, many, few rows, and more than the eight pairs that go together
 LENGTHS = ([128], [128] * 3, [77, 300, 1, 128], [1024] * 4, [5], [128] * 17 + [3], [128] * 21)
-SIZES = ((256, 64), (512, 256), (1032, 208), (4096, 1024), (64, 1040))
+SIZES = ((256, 64), (512, 256), (1032, 208), (4096, 1024), (64, 1040), (1032, 784))
 FORMS = ("int8", "slices", "along K", "along N")
 ROUNDED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 

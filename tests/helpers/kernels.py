@@ -170,6 +170,21 @@ def check_rotate(case: Case) -> None:
     rows.rotate(grads, parts, cos, sin, backward=True)
     for part, double in zip(parts, doubles, strict=True):
         assert double.grad is not None and distance(part.reshape(double.shape), double.grad) < case.bound
+    column = case.uniform(whole.shape[1])
+    column[3] = 0
+    for slices in (0, 1, 2):
+        again, codes, scale = rows.rotate_back(grads, cos, sin, column, slices)
+        assert torch.equal(again, whole)
+        if slices:
+            assert codes is not None and scale is not None
+            assert all(
+                torch.equal(a, b) for a, b in zip((codes, scale), rows.quantize(whole, column, slices), strict=True)
+            )
+    for part in range(3):
+        damaged = [grad.clone() for grad in grads]
+        damaged[part][1, 2, 1, 5] = torch.nan
+        poisonous = rows.rotate_back(damaged, cos, sin, column, 2)[2]
+        assert poisonous is not None and poisonous.isfinite().tolist() == [True] * 5 + [False]
     flat = [part.reshape(batch * tokens, -1) for part in given[:2]]
     rows.rotate(given[:2], flat, cos, sin)  # in place
     for part, y in zip(flat, wanted, strict=False):

@@ -107,11 +107,14 @@ def _down(
     c0 = tl.program_id(1) * CB
     kind = out_ptr.dtype.element_ty
     acc = tl.zeros((BM, CB), dtype=tl.float32)
+    rest = tl.zeros((BM, CB), dtype=tl.float32)  # in 256ths
     for k in range(0, K, BK):
-        x = x_desc.load([start, k])
+        m = m_desc.load([adapter * C + c0, k]).T
+        acc = tl.dot(x_desc.load([start, k]).to(kind), m, acc)
         if SLICES == 2:
-            x = _joined(x, x_desc.load([tokens + start, k]))
-        acc = tl.dot(x.to(kind), m_desc.load([adapter * C + c0, k]).T, acc)
+            rest = tl.dot(x_desc.load([tokens + start, k]).to(kind), m, rest)
+    if SLICES == 2:
+        acc = acc + rest * 0.00390625
     rows = start + tl.arange(0, BM)
     c = c0 + tl.arange(0, CB)
     here = rows < stop

@@ -230,13 +230,10 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residua
 
 
 @triton.jit
-def _rotate_one(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, stride_xh, stride_yt, stride_c, heads,
-                D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
-    """The heads of one token; ``TURN``: 1 turns them, -1 back, 0 copies."""
+def _turned(x_ptr, cos_ptr, sin_ptr, h, i, live, tokens, stride_xb, stride_xt, stride_xh, stride_c, D: tl.constexpr,
+            TURN: tl.constexpr):  # fmt: skip
+    """Both halves of the heads of one token; ``TURN``: 1 turns them, -1 back, 0 lets them be."""
     pid = tl.program_id(0).to(tl.int64)  # of all tokens of all rows
-    h = tl.arange(0, HEADS)[:, None]
-    i = tl.arange(0, HALF)[None, :]
-    live = (h < heads) & (i < D // 2)
     x = x_ptr + pid // tokens * stride_xb + pid % tokens * stride_xt + h * stride_xh + i
     first = tl.load(x, mask=live, other=0.0)
     second = tl.load(x + D // 2, mask=live, other=0.0)
@@ -255,9 +252,74 @@ def _rotate_one(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, st
         else:
             first = (low * cos1 + high * sin2).to(first.dtype)
             second = (high * cos2 - low * sin1).to(first.dtype)
-    y = y_ptr + pid * stride_yt + h * D + i
+    return first, second
+
+
+@triton.jit
+def _rotate_one(x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, stride_xh, stride_yt, stride_c, heads,
+                D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    h = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    live = (h < heads) & (i < D // 2)
+    first, second = _turned(
+        x_ptr, cos_ptr, sin_ptr, h, i, live, tokens, stride_xb, stride_xt, stride_xh, stride_c, D, TURN
+    )
+    y = y_ptr + tl.program_id(0).to(tl.int64) * stride_yt + h * D + i
     tl.store(y, first, mask=live)
     tl.store(y + D // 2, second, mask=live)
+
+
+@triton.jit
+def _rotate_back_one(x_ptr, y_ptr, column_ptr, cos_ptr, sin_ptr, tokens, stride_xb, stride_xt, stride_xh, stride_c,
+                     heads, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    """Stores both halves of the heads; and gives them times ``column``, with the scale that their own codes had."""
+    h = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    live = (h < heads) & (i < D // 2)
+    at = h * D + i
+    first, second = _turned(
+        x_ptr, cos_ptr, sin_ptr, h, i, live, tokens, stride_xb, stride_xt, stride_xh, stride_c, D, TURN
+    )
+    tl.store(y_ptr + at, first, mask=live)
+    tl.store(y_ptr + at + D // 2, second, mask=live)
+    one = first.to(tl.float32) * tl.load(column_ptr + at, mask=live, other=0.0)
+    two = second.to(tl.float32) * tl.load(column_ptr + at + D // 2, mask=live, other=0.0)
+    scale = _scale(tl.ravel(tl.maximum(tl.abs(one), tl.abs(two), propagate_nan=tl.PropagateNan.ALL)))
+    return one, two, scale
+
+
+@triton.jit
+def _store_heads(codes_ptr, one, two, scale, plane, heads, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+                 SLICES: tl.constexpr):  # fmt: skip
+    h = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    live = (h < heads) & (i < D // 2)
+    _store_codes(codes_ptr, h * D + i, one, scale, live, plane, SLICES)
+    _store_codes(codes_ptr + D // 2, h * D + i, two, scale, live, plane, SLICES)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate_back(q_ptr, k_ptr, v_ptr, y_ptr, codes_ptr, scale_ptr, column_ptr, cos_ptr, sin_ptr, qb, qt, qh, kb, kt, kh,
+                 vb, vt, vh, stride_c, heads, kv_heads, d, plane, tokens, D: tl.constexpr, HALF: tl.constexpr,
+                 HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SLICES: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    k0 = heads * D
+    v0 = k0 + kv_heads * D
+    y_ptr += row * d
+    q1, q2, scale_q = _rotate_back_one(q_ptr, y_ptr, column_ptr, cos_ptr, sin_ptr, tokens, qb, qt, qh, stride_c, heads,
+                                       D, HALF, HEADS, -1)  # fmt: skip
+    k1, k2, scale_k = _rotate_back_one(k_ptr, y_ptr + k0, column_ptr + k0, cos_ptr, sin_ptr, tokens, kb, kt, kh,
+                                       stride_c, kv_heads, D, HALF, KV_HEADS, -1)  # fmt: skip
+    v1, v2, scale_v = _rotate_back_one(v_ptr, y_ptr + v0, column_ptr + v0, cos_ptr, sin_ptr, tokens, vb, vt, vh,
+                                       stride_c, kv_heads, D, HALF, KV_HEADS, 0)  # fmt: skip
+    scale = tl.maximum(scale_q, tl.maximum(scale_k, scale_v, propagate_nan=tl.PropagateNan.ALL),
+                       propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+    codes_ptr += row * d
+    _store_heads(codes_ptr, q1, q2, scale, plane, heads, D, HALF, HEADS, SLICES)
+    _store_heads(codes_ptr + k0, k1, k2, scale, plane, kv_heads, D, HALF, KV_HEADS, SLICES)
+    _store_heads(codes_ptr + v0, v1, v2, scale, plane, kv_heads, D, HALF, KV_HEADS, SLICES)
+    tl.store(scale_ptr + row, scale)
 
 
 @Kernel
@@ -295,6 +357,32 @@ def rotate(given: Sequence[Tensor], out: Sequence[Tensor], cos: Tensor, sin: Ten
         D=size, HALF=next_power_of_2(size // 2), HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads),
         TURN=-1 if backward else 1, num_warps=4,
     )  # fmt: skip
+
+
+def rotate_back(
+    given: Sequence[Tensor], cos: Tensor, sin: Tensor, column_scale: Tensor | None, slices: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of ``rotate``, of q, k and v side by side: (the numbers [T, d]; and where there are to be slices,
+    the same times ``column_scale`` [d] in int8, and one scale a row, as ``quantize`` gives them).
+
+    Args:
+        given: the gradients of q, k and v, as ``rotate`` takes them.
+    """
+    (rows, tokens, heads, size), kv_heads = given[0].shape, given[1].shape[2]
+    widths = [heads * size, kv_heads * size, kv_heads * size]
+    count, d = rows * tokens, sum(widths)
+    out = torch.empty(count, d, dtype=given[0].dtype, device=given[0].device)
+    if not slices:
+        rotate(given, out.split(widths, 1), cos, sin, backward=True)
+        return out, None, None
+    codes, scale = _room(count, d, slices, out)
+    q, k, v = given
+    _rotate_back(
+        (count,), q, k, v, out, codes, scale, column_scale, cos, sin, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], cos.stride(0), heads, kv_heads, d, count * d, tokens, D=size, HALF=next_power_of_2(size // 2),
+        HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads), SLICES=slices, num_warps=4,
+    )  # fmt: skip
+    return out, codes, scale
 
 
 @triton.jit
