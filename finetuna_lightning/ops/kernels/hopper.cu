@@ -8,9 +8,10 @@
 //
 // Two blocks make a cluster. Each has 128 rows of X of its own, both have the same 256 columns, so that either reads
 // half of W's tile and the copy engine puts it into both ("multicast": a third less to read from L2). One warp group
-// loads, four stages ahead and on into the next tile; two compute 64 x 256 each, and what the end of a tile asks for is
-// read while the units are busy with its beginning. Instructions and layouts: PTX ISA, "Asynchronous warpgroup level
-// matrix instructions" and "Tensor copy"; the division of labour is CUTLASS's "cooperative" one.
+// loads, four stages ahead and on into the next tile; two compute 64 x 256 each. While the units are busy with the
+// beginning of a tile, what its end asks for is read, and the tile before is written. Instructions and layouts: PTX
+// ISA, "Asynchronous warpgroup level matrix instructions" and "Tensor copy"; the division of labour is CUTLASS's
+// "cooperative" one.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
