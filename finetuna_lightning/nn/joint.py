@@ -228,15 +228,23 @@ class _Operand:
 
 
 def _slices(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> int:
-    """Of activations in ``dtype``, in int8, for the product with these weights, of one compute; 0: as they are."""
+    """Of activations in ``dtype``, in int8, for the products with weights that share their input, of one compute; 0: as
+    they are."""
     from finetuna_lightning.ops.kernels import hopper
 
     if weights[0].compute == "int8":
         return 1
     longest = max(weights[0].shape[1], sum(q.shape[0] for q in weights))  # summed over, forwards and backwards
-    if dtype != torch.bfloat16 or longest > hopper.LONGEST or not all(q.sliced and q.scheme == "int8" for q in weights):
+    if dtype != torch.bfloat16 or longest > hopper.LONGEST_SLICED:
+        return 0
+    if not all(q.sliced and q.scheme == "int8" for q in weights):
         return 0
     return 2 if hopper.takes_slices(weights[0].codes.device, dtype) else 0
+
+
+def _swiglu_slices(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> int:
+    """The same of gate and up, and down."""
+    return min(_slices(weights[:2], dtype), _slices(weights[2:], dtype))
 
 
 def _operand(x: Tensor, slices: int, column_scale: Tensor | None = None) -> _Operand:
@@ -248,8 +256,8 @@ def _operand(x: Tensor, slices: int, column_scale: Tensor | None = None) -> _Ope
 def _fitted(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As the kernels take it: in ``dtype``, contiguous features, each row from a multiple of 16 bytes on."""
     t = t.to(dtype or t.dtype)
-    apart = t.dim() > 1 and t.stride(0) * t.element_size() % 16
-    fits = t.stride(-1) == 1 and not apart and t.data_ptr() % 16 == 0
+    apart = t.dim() < 2 or (t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1])
+    fits = t.stride(-1) == 1 and apart and t.data_ptr() % 16 == 0
     return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
@@ -572,7 +580,7 @@ class _SwiGLU(torch.autograd.Function):
     ) -> Tensor:
         from finetuna_lightning.ops.kernels import rows
 
-        slices, dtype, tiles = _slices(weights, x.dtype), x.dtype, plan.tiling.tiles
+        slices, dtype, tiles = _swiglu_slices(weights, x.dtype), x.dtype, plan.tiling.tiles
         first, last = plan.gathered(dtype)
         operand, kept, rstd = _normed(x, norm, slices)
         low = first.low(kept)
@@ -593,7 +601,7 @@ class _SwiGLU(torch.autograd.Function):
 
         x, *saved, gate, up, low, low_h = ctx.saved_tensors
         weights, plan = ctx.weights, ctx.plan
-        slices, dtype, tiles = _slices(weights, gate.dtype), gate.dtype, plan.tiling.tiles
+        slices, dtype, tiles = _swiglu_slices(weights, gate.dtype), gate.dtype, plan.tiling.tiles
         grad = _fitted(grad)
         first, last = plan.gathered(dtype)
         back_h, up_h = last.backward(grad, low_h)

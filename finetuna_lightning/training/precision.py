@@ -126,10 +126,14 @@ class EightBitPrecision(Precision):
         self.set_compute(backbone, device if trainer is not None else None)
         if self.compute == "auto" and any(q.compute == "int8" for q in quantized_layers(backbone).values()):
             rank_zero_info("the backbone's products are computed in int8; EightBitPrecision(compute='16bit') does not")
-        for dtype in {q.dtype for q in quantized_layers(backbone).values() if cpu.lacks(q.dtype, device)}:
-            name = str(dtype).removeprefix("torch.")
+        if any(
+            q.compute == "16bit" and q.dtype == torch.bfloat16
+            and cpu.lacks_bfloat16(q.codes.device if trainer is None else device)
+            for q in quantized_layers(backbone).values()
+        ):  # fmt: skip
             rank_zero_info(
-                f"this CPU multiplies {name} slower than float32: EightBitPrecision(dtype='float32') is faster"
+                "this CPU multiplies bfloat16 slower than float32: use dtype='float32', of the backbone if it has its "
+                "own, or else of EightBitPrecision"
             )
         return module
 

@@ -25,7 +25,7 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
 DEVICE = torch.device("cuda")
 # one tile, an odd number, ragged, many, few rows, and more than the eight pairs that go together
 LENGTHS = ([128], [128] * 3, [77, 300, 1, 128], [1024] * 4, [5], [128] * 17 + [3], [128] * 21)
-SIZES = ((256, 64), (512, 256), (1032, 208), (4096, 1024), (64, 1040), (1032, 784))
+SIZES = ((256, 64), (512, 256), (1032, 208), (4096, 1024), (64, 1040), (1032, 784), (1032, 64), (1032, 336))
 FORMS = ("int8", "slices", "along K", "along N")
 ROUNDED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -225,7 +225,7 @@ def test_the_rest_is_rounded_to_the_codes_unit() -> None:
 
 
 def test_the_largest_slices_fit_their_sums() -> None:
-    k = hopper.LONGEST
+    k = hopper.LONGEST_SLICED
     x, w = torch.full((2, 128, k), 127, device=DEVICE, dtype=torch.int8), codes(64, 1).sign().expand(64, k) * 127
     x[1, 64:] = -128
     out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)
@@ -233,6 +233,20 @@ def test_the_largest_slices_fit_their_sums() -> None:
     gemm(x, w.contiguous(), out, tiles_of([128]), row_scale=ones)
     wanted = (x[0].double() + x[1].double() / 256) @ w.double().t()
     assert bool(((out.double() - wanted).abs() <= wanted.abs() * 2.0**-8).all())
+
+
+def test_the_largest_codes_fit_their_sums() -> None:
+    k = hopper.LONGEST
+    x, w = torch.full((128, k), 127, device=DEVICE, dtype=torch.int8), codes(64, 1).sign().expand(64, k) * 127
+    out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)
+    ones = torch.ones(128, device=DEVICE)
+    gemm(x, w.contiguous(), out, tiles_of([128]), row_scale=ones)
+    wanted = x.double() @ w.double().t()
+    assert bool(((out.double() - wanted).abs() <= wanted.abs() * 2.0**-8).all())
+    for given, longest in ((x, hopper.LONGEST), (torch.stack([x, x]), hopper.LONGEST_SLICED)):
+        for length, takes in ((longest, True), (longest + 16, False)):
+            a, b = torch.empty(*given.shape[:-1], length, device=DEVICE, dtype=torch.int8), w.new_empty(64, length)
+            assert hopper.takes(a, b, out, *of({"row_scale": ones})) == takes
 
 
 def test_slices_are_nothing_for_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,19 @@ def test_forward_and_every_gradient_agree_with_float64(compute: str, fuse: bool,
         assert gradients[name].dtype == torch.float32 and distance(gradients[name], exact) < gradient, name
 
 
+def test_sums_of_an_mlp_are_over_weights_that_share_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper GPU")
+    weights = [
+        QuantizedWeight.from_weight(torch.randn(shape), "int8").cuda() for shape in ((48, 32), (48, 32), (32, 48))
+    ]
+    for weight in weights:
+        weight.sliced = True
+    for longest, slices in ((96, 2), (95, 0)):
+        monkeypatch.setattr(kernels(), "LONGEST_SLICED", longest)
+        assert joint._swiglu_slices(weights, torch.bfloat16) == slices
+
+
 @pytest.mark.parametrize(
     ("change", "slices"),
     [("none", 2), ("float16", 0), ("another scheme", 0), ("no kernel", 0), ("int8 products", 1), ("the head", 0),
@@ -250,7 +263,7 @@ def test_in_16_bits_it_is_slices_where_they_are_closer(
     weight = QuantizedWeight.from_weight(torch.randn(48, 64), scheme).cuda()
     weight.sliced = change != "the head"
     if change == "a sum too long":
-        monkeypatch.setattr(kernels(), "LONGEST", 60)
+        monkeypatch.setattr(kernels(), "LONGEST_SLICED", 60)
     if change == "codes between addresses":
         room = torch.empty(48 * 64 + 1, device="cuda", dtype=torch.int8)
         weight.codes = room[1:].view(48, 64).copy_(weight.codes)

@@ -37,6 +37,7 @@ constexpr u32 HALF = 128;  // of the codes' unit, in remainders
 // that they are as exact. From zero, a sum that changes its sign turns all its upper bits over, which costs power, and
 // power is the limit here: 1% to 2% of the time. With ones in every second place a carry never goes far.
 constexpr u32 BEGINNING = OPERANDS == 0 ? 0x15555500 : 0, TURN = SLICES == 2 ? BEGINNING >> 8 : BEGINNING;
+static_assert(BEGINNING % 256 == 0 && (TURN == 0) == (OPERANDS != 0), "or the remainders were rounded elsewhere");
 constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PANEL = 64 * 128;         // of a tile of W along N: 64 columns, 64 rows of 128 bytes
 constexpr int PIECE = 16 * 128;         // of a tile of Y, on its way out: 16 rows, 64 columns
@@ -419,6 +420,7 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
                         const float2 s = unpack(stored(from + i / 16 * A_BYTES + place(lane, i % 16)));
                         two[0] = plus(as_float(two[0]), s.x), two[1] = plus(as_float(two[1]), s.y);
                     }
+                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // read, before it is loaded again
                     group_sync(group);
                     if (speaks) barrier_arrive(empty + 8 * at.stage, thread % 128);
                     at.next();

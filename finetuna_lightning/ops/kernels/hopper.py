@@ -39,8 +39,10 @@ _TENSOR_MAP_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}  # CUte
 _COLUMNS, _STAGES, _THREADS = 256, 4, 384
 # as hopper.cu divides it: an alignment, the stages, two pieces of Y for each of eight warps, two barriers a stage
 _SHARED_BYTES = 1024 + _STAGES * (TILE_ROWS + _COLUMNS) * 128 + 8 * 2 * 16 * 128 + _STAGES * 2 * 8
-LONGEST = 1 << 16
-"""K of int8 operands: their sums, with where these begin, stay within int32."""
+LONGEST = 1 << 17
+"""K of int8 operands: their sums stay within int32."""
+LONGEST_SLICED = 3 << 15
+"""That of two slices: the remainders' sums, with where these begin, do."""
 _KEPT_MAPS = 1 << 14
 _DIGEST = hashlib.sha256().digest_size
 
@@ -70,7 +72,7 @@ def takes(
     kind, made = a.dtype, out.dtype
     if a.dim() == 3 and (kind != torch.int8 or len(a) != 2 or not a.is_contiguous()):
         return False
-    if kind == torch.int8 and a.shape[-1] > LONGEST:
+    if kind == torch.int8 and a.shape[-1] > (LONGEST if a.dim() == 2 else LONGEST_SLICED):
         return False
     if b.dtype != kind or made not in (torch.bfloat16, torch.float16) or out.shape[1] % 8 or not a.shape[-1]:
         return False
@@ -104,7 +106,8 @@ def _row(t: Tensor, dtype: torch.dtype) -> bool:
 
 def _rows(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether sixteen bytes of a row can be had at a time."""
-    return t.dtype == dtype and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+    apart = t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1]
+    return t.dtype == dtype and t.stride(1) == 1 and apart and t.data_ptr() % 16 == 0
 
 
 def product(

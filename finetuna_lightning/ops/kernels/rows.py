@@ -380,7 +380,8 @@ def rotate_back(
     _rotate_back(
         (count,), q, k, v, out, codes, scale, column_scale, cos, sin, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], cos.stride(0), heads, kv_heads, d, count * d, tokens, D=size, HALF=next_power_of_2(size // 2),
-        HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads), SLICES=slices, num_warps=4,
+        HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads), SLICES=slices,
+        num_warps=max(4, min(16, next_power_of_2(d) // 2048)),
     )  # fmt: skip
     return out, codes, scale
 
