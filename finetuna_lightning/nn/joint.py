@@ -256,7 +256,7 @@ def _operand(x: Tensor, slices: int, column_scale: Tensor | None = None) -> _Ope
 def _fitted(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As the kernels take it: in ``dtype``, contiguous features, each row from a multiple of 16 bytes on."""
     t = t.to(dtype or t.dtype)
-    apart = t.dim() < 2 or (t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1])
+    apart = t.dim() < 2 or (t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) >= t.shape[1])  # not expanded
     fits = t.stride(-1) == 1 and apart and t.data_ptr() % 16 == 0
     return t if fits else t.clone(memory_format=torch.contiguous_format)
 

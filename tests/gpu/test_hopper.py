@@ -249,6 +249,13 @@ def test_the_largest_codes_fit_their_sums() -> None:
             assert hopper.takes(a, b, out, *of({"row_scale": ones})) == takes
 
 
+def test_rows_that_are_one_row_are_not_taken() -> None:
+    x, w, given, _ = operands("int8", 128, 64, 64, torch.bfloat16)
+    out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)
+    assert hopper.takes(x, w, out, *of(given | {"residual": random(128, 64)}))
+    assert not hopper.takes(x, w, out, *of(given | {"residual": random(1, 64).expand(128, 64)}))
+
+
 def test_slices_are_nothing_for_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, given, _ = operands("slices", 128, 64, 64, torch.bfloat16)
     out = torch.empty(128, 64, device=DEVICE, dtype=torch.bfloat16)

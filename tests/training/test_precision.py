@@ -148,18 +148,19 @@ def test_what_is_not_quantised_and_the_activations_have_the_asked_type() -> None
 
 
 @pytest.mark.parametrize(
-    ("machine", "amx", "avx512", "dtype", "said"),
+    ("machine", "amx", "avx512", "dtype", "compute", "said"),
     [
-        ("x86_64", False, False, "bfloat16", 1),
-        ("AMD64", False, False, "bfloat16", 1),
-        ("x86_64", True, False, "bfloat16", 0),
-        ("x86_64", False, True, "bfloat16", 0),
-        ("x86_64", False, False, "float32", 0),
-        ("aarch64", False, False, "bfloat16", 0),
+        ("x86_64", False, False, "bfloat16", "auto", 1),
+        ("AMD64", False, False, "bfloat16", "auto", 1),
+        ("x86_64", True, False, "bfloat16", "auto", 0),
+        ("x86_64", False, True, "bfloat16", "auto", 0),
+        ("x86_64", False, False, "float32", "auto", 0),
+        ("aarch64", False, False, "bfloat16", "auto", 0),
+        ("x86_64", False, False, "bfloat16", "int8", 0),
     ],
 )
 def test_a_cpu_that_multiplies_bfloat16_slower_is_named(
-    machine: str, amx: bool, avx512: bool, dtype: str, said: int, monkeypatch: pytest.MonkeyPatch,
+    machine: str, amx: bool, avx512: bool, dtype: str, compute: str, said: int, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -167,9 +168,11 @@ def test_a_cpu_that_multiplies_bfloat16_slower_is_named(
     monkeypatch.setattr("platform.machine", lambda: machine)
     with caplog.at_level("INFO"):
         holder = Holder()
-        EightBitPrecision(dtype=dtype).convert_module(holder)
+        EightBitPrecision(dtype=dtype, compute=compute).convert_module(holder)
         assert caplog.text.count("slower than float32") == said
-        EightBitPrecision(dtype=dtype).convert_module(holder.to("meta"))  # as on a GPU: it is not this CPU's
+        EightBitPrecision(dtype=dtype, compute=compute).convert_module(
+            holder.to("meta")
+        )  # as on a GPU: it is not this CPU's
         assert caplog.text.count("slower than float32") == said
 
 

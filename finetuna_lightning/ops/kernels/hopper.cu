@@ -33,11 +33,11 @@ static_assert(SLICES == 1 || SLICES == 2 && OPERANDS == 0, "floats are not slice
 static_assert(ROWS == 128 && COLUMNS == 256, "two warp groups of 64 x 256, the widest product there is");
 constexpr int GROUP = 8;
 constexpr u32 HALF = 128;  // of the codes' unit, in remainders
-// Where sums of integers begin, and where those of two slices go on from after the remainders; it is taken off again, so
-// that they are as exact. From zero, a sum that changes its sign turns all its upper bits over, which costs power, and
-// power is the limit here: 1% to 2% of the time. With ones in every second place a carry never goes far.
-constexpr u32 BEGINNING = OPERANDS == 0 ? 0x15555500 : 0, TURN = SLICES == 2 ? BEGINNING >> 8 : BEGINNING;
-static_assert(BEGINNING % 256 == 0 && (TURN == 0) == (OPERANDS != 0), "or the remainders were rounded elsewhere");
+// Sums of integers begin at OFFSET, and at their end OFFSET_LEFT is taken off again, so that they are as exact. From zero,
+// a sum that changes its sign turns all its upper bits over, which costs power, and power is the limit here: 1% to 2% of
+// the time. With ones in every second place a carry never goes far.
+constexpr u32 OFFSET = OPERANDS == 0 ? 0x15555500 : 0, OFFSET_LEFT = SLICES == 2 ? OFFSET >> 8 : OFFSET;
+static_assert(OFFSET % 256 == 0 && (OFFSET_LEFT == 0) == (OPERANDS != 0), "or remainders are rounded elsewhere");
 constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int PANEL = 64 * 128;         // of a tile of W along N: 64 columns, 64 rows of 128 bytes
 constexpr int PIECE = 16 * 128;         // of a tile of Y, on its way out: 16 rows, 64 columns
@@ -157,7 +157,7 @@ __device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bit
 // what the units leave
 __device__ __forceinline__ float number(u32 bits) {
 #if OPERANDS == 0
-    return (float)(int)(bits - TURN);
+    return (float)(int)(bits - OFFSET_LEFT);
 #else
     return __uint_as_float(bits);
 #endif
@@ -322,7 +322,7 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
         for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
             u32 d[128];
 #pragma unroll
-            for (int i = 0; i < 128; ++i) d[i] = BEGINNING + (SLICES == 2 ? HALF : 0);
+            for (int i = 0; i < 128; ++i) d[i] = OFFSET + (SLICES == 2 ? HALF : 0);
             int block = 0, before = 0;
             auto begin = [&] {
                 const u32 a = base + at.stage * STAGE_BYTES + group * A_BYTES / 2;
@@ -360,6 +360,7 @@ hopper_gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ Ten
     write<i>(result, g, mine, lane); \
     if (i <= last) end();
                 AND_THEN(1) AND_THEN(2) AND_THEN(3)
+#undef AND_THEN
             }
             // what the end asks for, ahead of it
             const Unit u = unit_of(unit, rank, g);

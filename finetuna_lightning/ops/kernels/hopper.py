@@ -42,7 +42,7 @@ _SHARED_BYTES = 1024 + _STAGES * (TILE_ROWS + _COLUMNS) * 128 + 8 * 2 * 16 * 128
 LONGEST = 1 << 17
 """K of int8 operands: their sums stay within int32."""
 LONGEST_SLICED = 3 << 15
-"""That of two slices: the remainders' sums, with where these begin, do."""
+"""K of two slices: the remainders' sums and hopper.cu's ``OFFSET`` together do."""
 _KEPT_MAPS = 1 << 14
 _DIGEST = hashlib.sha256().digest_size
 
