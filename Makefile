@@ -26,7 +26,7 @@ help:  ## list the targets
 
 setup:  ## create .venv and install the pinned environment, if that has not been done
 	@# A name on PATH may be a shim that only prints an error, so a candidate counts when it runs.
-	@# pip would compile all files, one after another; what is imported, a fifth of them, is compiled and kept then.
+	@# pip would compile all files, one after another; what is imported, a third of them, is compiled and kept then.
 	@found=; \
 	for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
