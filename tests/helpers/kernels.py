@@ -80,9 +80,29 @@ def check_quantize(case: Case) -> None:
         sliced(exact, partial(rows.quantize, x, scales))
         x[2, 5] = torch.nan
         for slices in (1, 2):
+            whole = rows.quantize(x.nan_to_num(), scales, slices)[1]
             poisonous = rows.quantize(x, scales, slices)[1]
             assert poisonous.isfinite().tolist() == [True, True, False, True, True, True, True]
-            assert torch.equal(poisonous[3:], scale[3:])
+            assert torch.equal(poisonous[3:], whole[3:])
+
+
+def check_cut_of_16_bits(case: Case) -> None:
+    """Two slices are bfloat16 numbers themselves, down to a 127th of the largest, whatever that is; and twice, thrice
+    as large rows have the scales of their largest."""
+    for width in (256, 16400):
+        x = case.random(64, width, dtype=torch.bfloat16).float()
+        x[:, 1] = torch.arange(128, 256)[::2] * 0.0625  # the largest, of every second significand there is
+        x[-1, 1], x[-2, 1], x[-3] = 255 * 0.0625, -254 * 0.0625, 0
+        codes, scale = rows.quantize(x, slices=2)
+        assert torch.equal(scale[:-3], torch.full_like(scale[:-3], 0.125)) and not scale[-3]
+        assert scale[-1] == 0.25 and scale[-2] == 0.125
+        exact = x.double()
+        near = exact.abs() >= exact.abs().amax(1, keepdim=True) / 127
+        error = (together(codes) * scale.double()[:, None] - exact).abs()
+        assert not error[near].any() and float(error.max()) <= 0.25 / 256 / 2 and error.any()
+        assert torch.equal(rows.quantize(x * 0.25, slices=2)[1], scale * 0.25)
+        for unit in (2.0**100, 2.0**-100):
+            assert torch.equal(rows.quantize(x * unit, slices=2)[0], codes)
 
 
 def check_quantize_as_the_reference(case: Case) -> None:
@@ -214,8 +234,12 @@ def check_swiglu(case: Case) -> None:
 
 def check_lowrank(case: Case) -> None:
     """Ragged ranks, adapters without a layer, several layers side by side; rows in 16 bits, in int8 and in slices."""
-    width, cut = 208, case.tiles()
-    for rank, ranks in ((16, ((4, 16, 0), (7, 3, 16), (1, 2, 3))), (64, ((4, 40, 0), (7, 3, 17)))):
+    cut = case.tiles()
+    for rank, ranks, width in (
+        (16, ((4, 16, 0), (7, 3, 16), (1, 2, 3)), 208),
+        (64, ((4, 40, 0), (7, 3, 17)), 208),
+        (64, ((4, 40, 0), (7, 3, 17)), 2080),  # of K in parts
+    ):
         own = [[case.random(max(r, 1), width, dtype=torch.float32)[:r] for r in layer] for layer in ranks]
         columns = lowrank.columns_of(len(ranks), rank)
         pieces, turned = [], []

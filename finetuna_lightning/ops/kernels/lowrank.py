@@ -85,6 +85,56 @@ def gather(table: Tensor, size: int, widest: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@Kernel
+@triton.jit(do_not_specialize=["tokens", "tile_count"])
+def _add_blocks(
+    part_ptr, out_ptr, scale_ptr, tiles_ptr, counts_ptr, R, C, slab, layers, stride_out, tokens, tile_count,
+    BM: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) // PARTS
+    start = tl.load(tiles_ptr + tile) + tl.program_id(0) % PARTS * BM
+    stop = tl.load(tiles_ptr + tile_count + tile)
+    if start >= stop:
+        return
+    adapter = tl.load(tiles_ptr + 2 * tile_count + tile)
+    layer = tl.program_id(1)
+    column = tl.arange(0, CB)
+    c = layer * R + slab + column
+    rows = start + tl.arange(0, BM)
+    live = (rows < stop)[:, None] & (column >= 0)[None, :]
+    acc = tl.zeros((BM, CB), dtype=tl.float32)
+    if layer < layers:
+        if COUNT:
+            first = layer * COUNT
+            end = first + COUNT
+        else:
+            first = tl.load(counts_ptr + layer)
+            end = tl.load(counts_ptr + layer + 1)
+        part = part_ptr + first.to(tl.int64) * tokens * CB + rows[:, None] * CB + column[None, :]
+        for _ in tl.range(first, end, num_stages=AHEAD):
+            acc += tl.load(part, mask=live, other=0.0)
+            part += tokens.to(tl.int64) * CB
+    acc = acc * tl.load(scale_ptr + adapter * C + c)[None, :]
+    out = out_ptr + rows.to(tl.int64)[:, None] * stride_out + c[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=live)
+
+
+def _add(
+    parts: Tensor, out: Tensor, scales: Tensor, tiles: Tensor, counts: Tensor | int, layers: int, rank: int,
+    slab: int = 0,
+) -> None:  # fmt: skip
+    """Fill ``out`` [M, C] with scaled sums of ``parts`` float32 [blocks, M, columns], of each layer's own columns from
+    ``slab`` on: of so many blocks for each of ``layers`` (of R = ``rank``), or of those of ``counts`` (see ``blocks``).
+    Layers beyond have zeros."""
+    (_, tokens, block), (count, columns), rows = parts.shape, (tiles.shape[1], out.shape[1]), 32
+    given, each = (None, counts) if isinstance(counts, int) else (counts, 0)
+    _add_blocks(
+        (count * (TILE_ROWS // rows), columns // rank), parts, out, scales, tiles, given, rank, columns, slab, layers,
+        out.stride(0), tokens, count, BM=rows, CB=block, PARTS=TILE_ROWS // rows, AHEAD=8 if each == 0 else 2,
+        COUNT=each, num_warps=4,
+    )  # fmt: skip
+
+
 @triton.jit
 def _joined(codes, rest):
     """Two slices of X, in units of the first."""
@@ -94,8 +144,9 @@ def _joined(codes, rest):
 @Kernel
 @triton.jit(do_not_specialize=["tokens", "tile_count"])
 def _down(
-    x_desc, m_desc, out_ptr, row_scale_ptr, scale_ptr, tiles_ptr, K, C, stride_out, tokens, tile_count,
+    x_desc, m_desc, out_ptr, row_scale_ptr, scale_ptr, tiles_ptr, K, C, span, stride_out, tokens, tile_count,
     BM: tl.constexpr, BK: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     tile = pid // PARTS
@@ -104,25 +155,28 @@ def _down(
     if start >= stop:
         return
     adapter = tl.load(tiles_ptr + 2 * tile_count + tile)
-    c0 = tl.program_id(1) * CB
-    kind = out_ptr.dtype.element_ty
+    slab = tl.program_id(1)
+    split = tl.program_id(2)
     acc = tl.zeros((BM, CB), dtype=tl.float32)
     rest = tl.zeros((BM, CB), dtype=tl.float32)  # in 256ths
-    for k in range(0, K, BK):
-        m = m_desc.load([adapter * C + c0, k]).T
-        acc = tl.dot(x_desc.load([start, k]).to(kind), m, acc)
+    for k in range(split * span, tl.minimum(K, split * span + span), BK):
+        m = m_desc.load([adapter * C + slab * CB, k]).T
+        acc = tl.dot(x_desc.load([start, k]).to(m.dtype), m, acc)
         if SLICES == 2:
-            rest = tl.dot(x_desc.load([tokens + start, k]).to(kind), m, rest)
+            rest = tl.dot(x_desc.load([tokens + start, k]).to(m.dtype), m, rest)
     if SLICES == 2:
         acc = acc + rest * 0.00390625
     rows = start + tl.arange(0, BM)
-    c = c0 + tl.arange(0, CB)
+    column = tl.arange(0, CB)
     here = rows < stop
     if SLICES:
         acc = acc * tl.load(row_scale_ptr + rows, mask=here, other=0.0)[:, None]
-    acc = acc * tl.load(scale_ptr + adapter * C + c)[None, :]
-    out = out_ptr + rows.to(tl.int64)[:, None] * stride_out + c[None, :]
-    tl.store(out, acc.to(kind), mask=here[:, None] & (c >= 0)[None, :])
+    if SPLITS == 1:
+        acc = acc * tl.load(scale_ptr + adapter * C + slab * CB + column)[None, :]
+        out = out_ptr + rows.to(tl.int64)[:, None] * stride_out + (slab * CB + column)[None, :]
+    else:
+        out = out_ptr + ((slab * SPLITS + split).to(tl.int64) * tokens + rows)[:, None] * CB + column[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=here[:, None] & (column >= 0)[None, :])
 
 
 def down(
@@ -148,18 +202,22 @@ def down(
     tokens, width = x.shape[-2:]
     columns = matrices.shape[1]
     block = min(64, columns)
-    slices = _slices(x, row_scale)
-    shape = {"BM": 32, "BK": 256} if slices == 1 else {"BM": 64, "BK": 128}  # int8, K = 14,336: 55 us, 64 by 128: 76
-    chosen = options or {**shape, "num_warps": 4, "num_stages": 4}
     if low is None:
         low = torch.empty(tokens, columns, dtype=matrices.dtype, device=x.device)
+    chosen = options or {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 3}
+    splits = min(3, cdiv(width, 1024))  # programs wait for their own products: so a multiprocessor has two or three
+    slabs, span = columns // block, cdiv(width, splits * chosen["BK"]) * chosen["BK"]
+    sums = low if splits == 1 else torch.empty(slabs * splits, tokens, block, dtype=torch.float32, device=x.device)
     parts = TILE_ROWS // chosen["BM"]
     x_desc = descriptor(x, (x.numel() // width, width), x.stride(-2), (chosen["BM"], chosen["BK"]))
     m_desc = descriptor(matrices, (matrices.shape[0] * columns, width), width, (block, chosen["BK"]))
     _down(
-        (tiles.shape[1] * parts, columns // block), x_desc, m_desc, low, row_scale, scales, tiles, width, columns,
-        low.stride(0), tokens, tiles.shape[1], CB=block, PARTS=parts, SLICES=slices, **chosen,
+        (tiles.shape[1] * parts, slabs, splits), x_desc, m_desc, sums, row_scale, scales, tiles, width, columns, span,
+        low.stride(0), tokens, tiles.shape[1], CB=block, PARTS=parts, SLICES=_slices(x, row_scale), SPLITS=splits,
+        **chosen,
     )  # fmt: skip
+    if splits > 1:
+        _add(sums, low, scales, tiles, splits, slabs, block)
     return low
 
 
@@ -262,7 +320,7 @@ def outer(
     (tokens, width), (layers, adapters) = x.shape[-2:], ranks.shape
     columns = low.shape[1]
     block = min(64, columns)
-    chosen = options or {"BT": 64, "BN": 128, "num_warps": 4, "num_stages": 4}
+    chosen = options or {"BT": 64, "BN": 128, "num_warps": 4, "num_stages": 3}
     parts = torch.empty(chunks.shape[1], layers * width * rank, dtype=torch.float32, device=x.device)
     x_desc = descriptor(x, (x.numel() // width, width), x.stride(-2), (chosen["BT"], chosen["BN"]))
     low_desc = descriptor(low, low.shape, low.stride(0), (chosen["BT"], block))
@@ -339,34 +397,6 @@ def _up_backward(
     tl.store(out, acc, mask=inside[:, None] & (index < rank)[None, :])
 
 
-@Kernel
-@triton.jit(do_not_specialize=["tokens", "tile_count"])
-def _add_blocks(
-    part_ptr, out_ptr, scale_ptr, tiles_ptr, counts_ptr, R, C, slab, layers, tokens, tile_count,
-    BM: tl.constexpr, CB: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(0) // PARTS
-    start = tl.load(tiles_ptr + tile) + tl.program_id(0) % PARTS * BM
-    stop = tl.load(tiles_ptr + tile_count + tile)
-    if start >= stop:
-        return
-    adapter = tl.load(tiles_ptr + 2 * tile_count + tile)
-    layer = tl.program_id(1)
-    column = tl.arange(0, CB)
-    c = layer * R + slab + column
-    rows = start + tl.arange(0, BM)
-    live = (rows < stop)[:, None] & (column >= 0)[None, :]
-    acc = tl.zeros((BM, CB), dtype=tl.float32)
-    if layer < layers:
-        first = tl.load(counts_ptr + layer)
-        part = part_ptr + first.to(tl.int64) * tokens * CB + rows[:, None] * CB + column[None, :]
-        for _ in tl.range(first, tl.load(counts_ptr + layer + 1), num_stages=AHEAD):
-            acc += tl.load(part, mask=live, other=0.0)
-            part += tokens.to(tl.int64) * CB
-    acc = acc * tl.load(scale_ptr + adapter * C + c)[None, :]
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], acc.to(out_ptr.dtype.element_ty), mask=live)
-
-
 def up_backward(
     grad: Tensor,
     low: Tensor,
@@ -401,15 +431,11 @@ def up_backward(
     grad_desc = descriptor(grad, grad.shape, grad.stride(0), (chosen["BT"], UP_COLUMNS))
     low_desc = descriptor(low, low.shape, low.stride(0), (chosen["BT"], block))
     m_desc = descriptor(matrices, (matrices.shape[0] * columns, width), matrices.stride(1), (block, UP_COLUMNS))
-    rows = 32
     for slab in range(0, rank, block):  # one after another, so that large ranks need no more room for their parts
         _up_backward(
             (chunks.shape[1], table.shape[1]), grad_desc, low_desc, m_desc, grad, low, parts, grads, ranks, chunks,
             table, width, rank, columns, slab, grad.stride(0), low.stride(0), tokens, adapters, chunks.shape[1],
             table.shape[1], BN=UP_COLUMNS, CB=block, **chosen,
         )  # fmt: skip
-        _add_blocks(
-            (tiles.shape[1] * (TILE_ROWS // rows), columns // rank), parts, back, scales, tiles, counts, rank, columns,
-            slab, layers, tokens, tiles.shape[1], BM=rows, CB=block, PARTS=TILE_ROWS // rows, AHEAD=8, num_warps=4,
-        )  # fmt: skip
+        _add(parts, back, scales, tiles, counts, layers, rank, slab)
     return back, _added(grads, first)

@@ -23,6 +23,17 @@ def _scale(top):
 
 
 @triton.jit
+def _scale_of_16_bits(top, SLICES: tl.constexpr):
+    """``_scale`` of a row of bfloat16; of two slices the next power of two, so that its numbers from a 127th of the
+    largest on are cut exactly; and most rests end in zeros, which cost the products less power."""
+    scale = _scale(top)
+    if SLICES == 2:
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = tl.where(scale == scale, bits.to(tl.float32, bitcast=True), scale)
+    return scale
+
+
+@triton.jit
 def _inverse(scale):
     return tl.where(scale > 1.2e-38, 1.0 / scale, 0.0)  # of less it would be infinite
 
@@ -63,14 +74,14 @@ def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, plane, COLUM
     codes_ptr += row * d
     if ONE_PASS:
         x = _scaled(x_ptr, column_ptr, at, at < d, COLUMN)
-        scale = _scale(tl.abs(x))
+        scale = _scale(tl.abs(x)) if COLUMN else _scale_of_16_bits(tl.abs(x), SLICES)
         _store_codes(codes_ptr, at, x, scale, at < d, plane, SLICES)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, d, BLOCK):
             x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
             top = tl.maximum(top, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-        scale = _scale(top)
+        scale = _scale(top) if COLUMN else _scale_of_16_bits(top, SLICES)
         for start in range(0, d, BLOCK):
             x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
             _store_codes(codes_ptr, start + at, x, scale, start + at < d, plane, SLICES)
@@ -97,7 +108,8 @@ def quantize(x: Tensor, column_scale: Tensor | None = None, slices: int = 1) -> 
     scale of a row that holds a NaN or an infinity is not finite, so that the row's products are not either.
 
     In two ``slices`` [2, T, d] it is ``(codes + rest / 256) * scale``: 16 bits, of which the codes are nearest to x,
-    and the rest is from -128 to 127."""
+    and the rest is from -128 to 127. Without ``column_scale`` the scale is a power of two, so that bfloat16 x is met
+    exactly but for numbers below a 127th of their row's largest."""
     tokens, d = x.shape
     codes, scale = _room(tokens, d, slices, x)
     assert scale is not None
@@ -179,7 +191,7 @@ def _norm(x_ptr, weight_ptr, y_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, plane
     y = (y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(given.dtype)
     if SLICES:
         y = y.to(tl.float32)
-        scale = _scale(tl.abs(y))
+        scale = _scale_of_16_bits(tl.abs(y), SLICES)
         _store_codes(y_ptr + row * d, at, y, scale, inside, plane, SLICES)
         tl.store(scale_ptr + row, scale)
     else:
@@ -204,7 +216,7 @@ def _norm_backward(grad_ptr, x_ptr, weight_ptr, rstd_ptr, residual_ptr, out_ptr,
 
 
 def _row_warps(block: int) -> int:
-    return max(1, min(16, block // 512))
+    return max(1, min(16, block // 1024))
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, slices: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -381,7 +393,7 @@ def rotate_back(
         (count,), q, k, v, out, codes, scale, column_scale, cos, sin, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], cos.stride(0), heads, kv_heads, d, count * d, tokens, D=size, HALF=next_power_of_2(size // 2),
         HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads), SLICES=slices,
-        num_warps=max(4, min(16, next_power_of_2(d) // 2048)),
+        num_warps=max(4, min(16, next_power_of_2(d) // 1024)),
     )  # fmt: skip
     return out, codes, scale
 
@@ -409,7 +421,7 @@ def _swiglu(gate_ptr, up_ptr, h_ptr, scale_ptr, f, plane, SLICES: tl.constexpr, 
             tl.store(h_ptr + start + at, h, mask=start + at < f)
     elif ONE_PASS:
         h = _gated(gate_ptr, up_ptr, at, at < f).to(tl.float32)
-        scale = _scale(tl.abs(h))
+        scale = _scale_of_16_bits(tl.abs(h), SLICES)
         _store_codes(h_ptr, at, h, scale, at < f, plane, SLICES)
         tl.store(scale_ptr + row, scale)
     else:
@@ -417,7 +429,7 @@ def _swiglu(gate_ptr, up_ptr, h_ptr, scale_ptr, f, plane, SLICES: tl.constexpr, 
         for start in range(0, f, BLOCK):
             h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
             top = tl.maximum(top, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
-        scale = _scale(top)
+        scale = _scale_of_16_bits(top, SLICES)
         for start in range(0, f, BLOCK):
             h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
             _store_codes(h_ptr, start + at, h, scale, start + at < f, plane, SLICES)
@@ -431,7 +443,7 @@ def swiglu(gate: Tensor, up: Tensor, slices: int) -> tuple[Tensor, Tensor | None
     h, scale = _room(tokens, f, slices, gate)
     block = _gated_block(f)
     _swiglu((tokens,), gate, up, h, scale, f, tokens * f, SLICES=slices, ONE_PASS=f <= block, BLOCK=block,
-            num_warps=_row_warps(block))  # fmt: skip
+            num_warps=max(1, block // 512))  # fmt: skip
     return h, scale
 
 
