@@ -9,7 +9,9 @@ For the tokens of a chunk, with ``h`` [tokens, d], the head ``W`` [V, d] and the
 
 The head has no gradient, so ``dh`` is all that a backward pass needs: it is made in the forward pass, while the logits
 are there, and the backward pass scales its rows. Both products are computed in h's type, whatever the head is stored
-in: the differences between probabilities would not survive 8 bits.
+in: the differences between probabilities would not survive 8 bits. From an int8 head on a Hopper GPU the logits are
+computed with h in two int8 slices (``hopper.product``), which are h itself in bfloat16; G's rows, one number near 1 and
+a hundred thousand near 0, are not cut.
 
 A row takes part in no other row's result, and what is ignored is selected away, never multiplied by 0: a NaN stays in
 its row."""
@@ -104,7 +106,8 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bo
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None,
-                parts: Sequence[int], chunk: int, gradient: bool) -> Tensor:  # fmt: skip
+                stored: tuple[Tensor, Tensor] | None, parts: Sequence[int], chunk: int,
+                gradient: bool) -> Tensor:  # fmt: skip
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(labels.shape, dtype=wide, device=hidden.device)
         slopes = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if gradient else None
@@ -116,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if on_host(hidden):
                 _counted_rows(*own)
             else:
-                _by_chunk(*own)
+                _by_chunk(*own, stored)
         if slopes is not None:
             ctx.save_for_backward(slopes, labels == IGNORED)
         return losses
@@ -126,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         slopes, ignored = ctx.saved_tensors
         weights = grad.masked_fill(ignored, 0)  # also where the mean of no token at all makes it infinite
-        return (slopes * weights[:, None]).to(slopes.dtype), None, None, None, None, None, None
+        return (slopes * weights[:, None]).to(slopes.dtype), None, None, None, None, None, None, None
 
 
 def rows_that_count(labels: Tensor) -> Tensor:
@@ -156,14 +159,18 @@ def _counted_rows(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor |
 
 
 def _by_chunk(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor,
-              losses: Tensor, slopes: Tensor | None) -> None:  # fmt: skip
-    """Fill ``losses`` and ``slopes``, chunk by chunk of as many tokens as ``room`` has rows."""
+              losses: Tensor, slopes: Tensor | None, stored: tuple[Tensor, Tensor] | None = None) -> None:  # fmt: skip
+    """Fill ``losses`` and ``slopes``, chunk by chunk of as many tokens as ``room`` has rows; the logits from the int8
+    codes and scales of the head as it is ``stored``, where given."""
     count, chunk = len(labels), len(room)
     multiply = _tiled_product if _takes_tiles(hidden, weight) else _product
     for first in range(0, count, max(chunk, 1)):
         cut = slice(first, min(first + chunk, count))
         logits = room[: cut.stop - cut.start]
-        multiply(hidden[cut], weight, logits, bias, False)
+        if stored is None:
+            multiply(hidden[cut], weight, logits, bias, False)
+        else:
+            _sliced_product(hidden[cut], *stored, logits, bias)
         cross_entropy_(logits, labels[cut], losses[cut], slopes is not None)
         if slopes is not None:
             multiply(logits, weight, slopes[cut], None, True)
@@ -195,6 +202,38 @@ def _tiled_product(a: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, 
     if len(a):
         with torch.cuda.device_of(a):  # Triton launches on the current one
             gemm(a, weight, out, tiling([("", 0, len(a))], a.device).tiles, bias=bias, b_is_kn=backward)
+
+
+def _takes_slices(
+    hidden: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, scheme: str | None
+) -> bool:
+    """Whether ``_sliced_product`` takes a head of ``scheme``."""
+    if torch.compiler.is_compiling() or scheme != "int8" or hidden.dtype != torch.bfloat16 or hidden.stride(1) != 1:
+        return False
+    if not has_joint_kernels(hidden.device) or scale is None or scale.dtype != torch.float32:
+        return False
+    given = [t for t in (weight, scale, bias) if t is not None]
+    if weight.shape[0] % 8 or weight.shape[1] % 16 or not all(_whole(t) for t in given):
+        return False
+    from finetuna_lightning.ops.kernels import hopper
+
+    return weight.shape[1] <= hopper.LONGEST_SLICED and hopper.takes_slices(hidden.device, hidden.dtype)
+
+
+def _whole(t: Tensor) -> bool:
+    return t.is_contiguous() and t.data_ptr() % 16 == 0
+
+
+def _sliced_product(a: Tensor, codes: Tensor, scale: Tensor, out: Tensor, bias: Tensor | None) -> None:
+    """``_tiled_product`` forwards, of the head as it is stored: faster, and W is not rounded."""
+    from finetuna_lightning.ops.kernels import rows
+    from finetuna_lightning.ops.kernels.gemm import gemm
+
+    if len(a):
+        with torch.cuda.device_of(a):
+            values, own = rows.quantize(a, slices=2)
+            tiles = tiling([("", 0, len(a))], a.device).tiles
+            gemm(values, codes, out, tiles, row_scale=own, column_scale=scale, bias=bias)
 
 
 def linear_cross_entropy(
@@ -247,5 +286,6 @@ def linear_cross_entropy(
     with torch.no_grad():
         matrix = weight.to(dtype) if scheme is None else read_out(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
         added = None if bias is None else bias.to(dtype)
-    losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, parts, chunk, gradient)  # type: ignore[no-untyped-call]
+    stored = (weight, scale) if _takes_slices(flat, weight, scale, added, scheme) else None
+    losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, stored, parts, chunk, gradient)  # type: ignore[no-untyped-call]
     return losses.view(shape)

@@ -23,6 +23,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SIZES = [(1, 1), (7, 99), (33, 4096), (5, 50257), (64, 128256)]
 
 
+def _has_slices() -> bool:
+    if not torch.cuda.is_available() or not has_joint_kernels(torch.device("cuda")):
+        return False
+    from finetuna_lightning.ops.kernels import hopper
+
+    return hopper.takes_slices(torch.device("cuda", 0), torch.bfloat16)
+
+
 def relative(one: Tensor, other: Tensor) -> float:
     return float((one.detach().double() - other.double()).norm() / other.double().norm())
 
@@ -166,18 +174,19 @@ def test_the_head_is_read_out_as_the_reference_reads_it(dtype: torch.dtype) -> N
     not torch.cuda.is_available() or not has_joint_kernels(torch.device("cuda")),
     reason="the products are torch's, which go by the rows",
 )
-@pytest.mark.parametrize("vocabulary", [101, 4096])
-def test_no_bit_of_a_row_depends_on_the_others(vocabulary: int) -> None:
-    """Neither loss nor gradient, also where another row is NaN."""
+@pytest.mark.parametrize(("vocabulary", "scheme"), [(101, None), (4096, None), (4096, "int8")])
+def test_no_bit_of_a_row_depends_on_the_others(vocabulary: int, scheme: str | None) -> None:
+    """Neither loss nor gradient, also where another row is NaN; of an int8 head on a Hopper GPU, in slices."""
     torch.manual_seed(0)
     hidden = torch.randn(1500, 256, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(vocabulary, 256, device="cuda", dtype=torch.bfloat16) / 16
     bias, labels = torch.randn(vocabulary, device="cuda").bfloat16(), torch.randint(vocabulary, (1500,), device="cuda")
+    stored = (weight, None) if scheme is None else reference.quantize(weight, scheme)
     hidden[700] = torch.nan
 
     def of(cut: slice) -> tuple[torch.Tensor, torch.Tensor]:
         own = hidden[cut].clone().requires_grad_()
-        losses = linear_cross_entropy(own, labels[cut], weight, bias=bias)
+        losses = linear_cross_entropy(own, labels[cut], *stored, bias, scheme=scheme)
         losses.sum().backward()
         assert own.grad is not None
         return losses.detach(), own.grad
@@ -187,3 +196,21 @@ def test_no_bit_of_a_row_depends_on_the_others(vocabulary: int) -> None:
         own_losses, own_slopes = of(cut)
         assert torch.equal(own_losses, losses[cut]) and torch.equal(own_slopes, slopes[cut])
     assert losses.isnan().nonzero().flatten().tolist() == [700]
+
+
+@pytest.mark.skipif(not _has_slices(), reason="only Hopper GPUs multiply slices")
+def test_an_int8_head_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes that differ little, and hidden states that add up to nothing: of logits that are small differences of large
+    sums, a head rounded to 16 bits leaves less."""
+    torch.manual_seed(0)
+    hidden = torch.randn(70, 512, device="cuda").bfloat16()
+    hidden[:, 256:] = -hidden[:, :256]
+    codes = torch.randint(120, 128, (512, 512), device="cuda", dtype=torch.int8)
+    scale, labels = torch.rand(512, device="cuda") / 64 + 1 / 64, torch.randint(512, (70,), device="cuda")
+    true = F.cross_entropy(hidden.double() @ (codes.double() * scale.double()[:, None]).t(), labels, reduction="none")
+    errors = []
+    for taken in (True, False):
+        if not taken:
+            monkeypatch.setattr(loss, "_takes_slices", lambda *_: False)
+        errors.append(relative(linear_cross_entropy(hidden, labels, codes, scale, scheme="int8"), true))
+    assert errors[0] < 2e-3 and errors[0] < errors[1] / 3
