@@ -8,10 +8,10 @@ For the tokens of a chunk, with ``h`` [tokens, d], the head ``W`` [V, d] and the
     dh     = G W                                    in h's type
 
 The head has no gradient, so ``dh`` is all that a backward pass needs: it is made in the forward pass, while the logits
-are there, and the backward pass scales its rows. Both products are computed in h's type, whatever the head is stored
-in: the differences between probabilities would not survive 8 bits. From an int8 head on a Hopper GPU the logits are
-computed with h in two int8 slices (``hopper.product``), which are h itself in bfloat16; G's rows, one number near 1 and
-a hundred thousand near 0, are not cut.
+are there, and the backward pass scales its rows. Products are computed in h's type, whatever the head is stored in: the
+differences between probabilities would not survive 8 bits. But from an int8 head on a Hopper GPU the logits are
+computed with h in two int8 slices (``hopper.product``), which are bfloat16 h itself, down to a 127th of its row's
+largest. G's rows, one number near 1 and a hundred thousand near 0, are never cut.
 
 A row takes part in no other row's result, and what is ignored is selected away, never multiplied by 0: a NaN stays in
 its row."""
@@ -284,8 +284,13 @@ def linear_cross_entropy(
     flat, targets, shape = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous(), labels.shape
     dtype = flat.dtype
     with torch.no_grad():
-        matrix = weight.to(dtype) if scheme is None else read_out(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
         added = None if bias is None else bias.to(dtype)
-    stored = (weight, scale) if _takes_slices(flat, weight, scale, added, scheme) else None
+        stored = (weight, scale) if _takes_slices(flat, weight, scale, added, scheme) else None
+        if scheme is None:
+            matrix = weight.to(dtype)
+        elif stored is None or gradient:
+            matrix = read_out(weight, scale, scheme, block_size, dtype)  # type: ignore[arg-type]
+        else:
+            matrix = weight  # the logits come from the codes, and nothing else is multiplied
     losses: Tensor = _LinearCrossEntropy.apply(flat, targets, matrix, added, stored, parts, chunk, gradient)  # type: ignore[no-untyped-call]
     return losses.view(shape)

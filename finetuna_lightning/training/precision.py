@@ -83,8 +83,8 @@ class EightBitPrecision(Precision):
 
     def set_compute(self, backbone: nn.Module, device: torch.device | None = None) -> None:
         """Say to every quantised matrix how products with it are computed (on ``device``, by default where it is).
-        Those with the output head are in the activations' own type: its gradients are probabilities, one near 1 and
-        thousands that add up, of which fixed point would keep nothing."""
+        Those with the output head are in the activations' own type (but see ``ops.loss``): its gradients are
+        probabilities, one near 1 and thousands that add up, of which fixed point would keep nothing."""
         head = getattr(output_head(backbone), "quantized", None)
         for quantized in quantized_layers(backbone).values():
             quantized.sliced = quantized is not head

@@ -162,7 +162,7 @@ def passed(
 def test_every_kernel_agrees_with_float64() -> None:
     from tests.helpers.kernels import check_all
 
-    assert len(check_all("cuda")) == 14
+    assert len(check_all("cuda")) == 15
 
 
 def test_parts_of_a_large_rank_are_added_slab_by_slab() -> None:

@@ -208,9 +208,13 @@ def test_an_int8_head_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(120, 128, (512, 512), device="cuda", dtype=torch.int8)
     scale, labels = torch.rand(512, device="cuda") / 64 + 1 / 64, torch.randint(512, (70,), device="cuda")
     true = F.cross_entropy(hidden.double() @ (codes.double() * scale.double()[:, None]).t(), labels, reduction="none")
-    errors = []
+    errors, held = [], []
     for taken in (True, False):
         if not taken:
             monkeypatch.setattr(loss, "_takes_slices", lambda *_: False)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         errors.append(relative(linear_cross_entropy(hidden, labels, codes, scale, scheme="int8"), true))
+        held.append(torch.cuda.max_memory_allocated() - before)
     assert errors[0] < 2e-3 and errors[0] < errors[1] / 3
+    assert held[1] - held[0] > codes.numel()  # where there is no gradient the head is not even read out

@@ -78,6 +78,11 @@ def check_quantize(case: Case) -> None:
         assert float((codes * scale[:, None].double() - exact).abs().max()) <= float(scale.max()) * 0.51
         assert torch.equal(codes[3], torch.zeros_like(codes[3])) and not scale[3]
         sliced(exact, partial(rows.quantize, x, scales))
+        nearest = exact.abs().amax(1).float() / 127
+        assert torch.allclose(scale, nearest, rtol=1e-6)
+        of_two = rows.quantize(x, scales, 2)[1]
+        between = (of_two >= nearest * (1 - 1e-6)) & (of_two <= nearest * (2 + 1e-6))
+        assert torch.equal(of_two, scale) if column else bool(between.all())
         x[2, 5] = torch.nan
         for slices in (1, 2):
             whole = rows.quantize(x.nan_to_num(), scales, slices)[1]
@@ -87,8 +92,8 @@ def check_quantize(case: Case) -> None:
 
 
 def check_cut_of_16_bits(case: Case) -> None:
-    """Two slices are bfloat16 numbers themselves, down to a 127th of the largest, whatever that is; and twice, thrice
-    as large rows have the scales of their largest."""
+    """Two slices are numbers of eight significant bits themselves, down to a 127th of the largest: of every such
+    largest, and of 255, of which the next power of two is one further than of 254."""
     for width in (256, 16400):
         x = case.random(64, width, dtype=torch.bfloat16).float()
         x[:, 1] = torch.arange(128, 256)[::2] * 0.0625  # the largest, of every second significand there is
@@ -146,7 +151,7 @@ def check_norm(case: Case) -> None:
     y.backward(grad.double())
     got, none, rstd = rows.norm(x, weight, 1e-6)
     assert none is None and distance(got, y) < 2 * case.bound
-    sliced(got, lambda slices: rows.norm(x, weight, 1e-6, slices)[:2])
+    as_cut(got, lambda slices: rows.norm(x, weight, 1e-6, slices)[:2])
     for slices in (1, 2):
         assert torch.allclose(rows.norm(x, weight, 1e-6, slices)[2], rstd, rtol=1e-6)
     assert exact.grad is not None
@@ -160,6 +165,13 @@ def sliced(wanted: Tensor, given: Callable[[int], tuple[Tensor, Tensor | None]])
         codes, scale = given(slices)
         assert scale is not None
         assert float((together(codes) * scale[:, None] - wanted).abs().max()) <= float(scale.max()) * 0.51 * unit
+
+
+def as_cut(wanted: Tensor, given: Callable[[int], tuple[Tensor, Tensor | None]]) -> None:
+    """What is ``given`` of a result in one slice and in two is what ``quantize`` makes of the result."""
+    for slices in (1, 2):
+        for own, other in zip(given(slices), rows.quantize(wanted, slices=slices), strict=True):
+            assert own is not None and torch.equal(own, other)
 
 
 def together(codes: Tensor) -> Tensor:
@@ -221,7 +233,7 @@ def check_swiglu(case: Case) -> None:
         wanted, columns = torch.cat([gates.grad, ups.grad], 1), case.uniform(2 * width)
         got, none = rows.swiglu(gate, up, 0)
         assert none is None and distance(got, h) < case.bound
-        sliced(got, partial(rows.swiglu, gate, up))
+        as_cut(got, partial(rows.swiglu, gate, up))
         for slices in (0, 1, 2):
             own = grad.clone()
             both, codes, scale = rows.swiglu_backward(own, gate, up, columns if slices else None, slices)
@@ -280,6 +292,28 @@ def check_lowrank(case: Case) -> None:
                     part = found.view(3, len(ranks), -1)[slot, index, : r * width].view(r, width).t()
                     if r:
                         assert distance(part, sums[slot][:, index * rank : index * rank + r]) < bound
+
+
+def check_down_of_several(case: Case) -> None:
+    """No bit depends on the company: a small rank alone, and beside large ones in which it is padded; K in parts."""
+    (start, stop), r, width = SPANS[1][1:], 10, 2080
+    x, weight = case.random(234, width), case.random(r, width)
+    for slices in (0, 1, 2):
+        values, scale = rows.quantize(x, slices=slices) if slices else (x, None)
+        found = []
+        for rank, spans in ((16, [("two", 0, stop - start)]), (64, SPANS), (128, SPANS)):
+            alone = rank == 16
+            slot, count = (0, 1) if alone else (SLOTS["two"], len(SLOTS))
+            cut = slice(start, stop) if alone else slice(None)
+            matrices = case.random(count, rank, width)
+            matrices[slot] = 0
+            matrices[slot, :r] = weight
+            low = lowrank.down(
+                values[..., cut, :].contiguous(), matrices, torch.ones(count, rank, device=case.device),
+                tiling(spans, torch.device(case.device)).tiles, row_scale=None if scale is None else scale[cut].clone(),
+            )  # fmt: skip
+            found.append(low[:, :r] if alone else low[start:stop, :r])
+        assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def check_up_backward(case: Case) -> None:

@@ -7,8 +7,9 @@ as fast in 16 bits, where a GPU's power is the limit (benchmarks/LOG.md). Result
 the rounding of sums, and as there, a row's bits depend on nothing but the row and its adapter.
 
 It also multiplies int8 codes of W by X in two int8 slices, which Triton's does not: 16-bit fixed point with one scale a
-row. Of plain rows it is fifty times closer to the product of X and W than W rounded to bfloat16 is (benchmarks/LOG.md;
-with one giant in a row, about as close), with less energy, and W is not read out for it.
+row. Of plain rows it is fifty times closer to the product of X and W than W rounded to bfloat16 is, and more where X is
+bfloat16 itself (benchmarks/LOG.md; with one giant in a row, about as close), with less energy, and W is not read out
+for it.
 
 Where it cannot be had (another GPU, no NVRTC), Triton's kernel runs; on a Hopper GPU that is said once. Environment
 variables: ``FINETUNA_CUDA_KERNELS=0`` leaves it out, ``FINETUNA_CACHE`` is another folder to keep it in."""

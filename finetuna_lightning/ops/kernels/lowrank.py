@@ -217,7 +217,7 @@ def down(
         **chosen,
     )  # fmt: skip
     if splits > 1:
-        _add(sums, low, scales, tiles, splits, slabs, block)
+        _add(sums, low, scales, tiles, splits, slabs, block)  # each slab as if it were a layer
     return low
 
 
