@@ -157,7 +157,8 @@ class FusedHead:
 
     def suits(self, names: Sequence[str]) -> bool:
         """Whether a batch of these adapters can go without the head: some of them leave it as it is, and no other has a
-        copy of a module around it."""
+        copy of a module around it. Either way an adapter's loss is the same but for rounding (an int8 head's logits may
+        be rounded less here: see ``ops.loss``)."""
         if self.obstacle() is not None:
             return False
         changed = self._changed(names)
