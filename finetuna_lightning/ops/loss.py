@@ -10,8 +10,8 @@ For the tokens of a chunk, with ``h`` [tokens, d], the head ``W`` [V, d] and the
 The head has no gradient, so ``dh`` is all that a backward pass needs: it is made in the forward pass, while the logits
 are there, and the backward pass scales its rows. Products are computed in h's type, whatever the head is stored in: the
 differences between probabilities would not survive 8 bits. But from an int8 head on a Hopper GPU the logits are
-computed with h in two int8 slices (``hopper.product``), which are bfloat16 h itself, down to a 127th of its row's
-largest. G's rows, one number near 1 and a hundred thousand near 0, are never cut.
+computed with h in two int8 slices (``hopper.product``), which are bfloat16 h itself but for its smallest numbers
+(``rows.quantize``). G's rows, one number near 1 and a hundred thousand near 0, are never cut.
 
 A row takes part in no other row's result, and what is ignored is selected away, never multiplied by 0: a NaN stays in
 its row."""
@@ -213,15 +213,13 @@ def _takes_slices(
     if not has_joint_kernels(hidden.device) or scale is None or scale.dtype != torch.float32:
         return False
     given = [t for t in (weight, scale, bias) if t is not None]
-    if weight.shape[0] % 8 or weight.shape[1] % 16 or not all(_whole(t) for t in given):
+    if weight.shape[0] % 8 or weight.shape[1] % 16:
+        return False
+    if not all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in given):
         return False
     from finetuna_lightning.ops.kernels import hopper
 
     return weight.shape[1] <= hopper.LONGEST_SLICED and hopper.takes_slices(hidden.device, hidden.dtype)
-
-
-def _whole(t: Tensor) -> bool:
-    return t.is_contiguous() and t.data_ptr() % 16 == 0
 
 
 def _sliced_product(a: Tensor, codes: Tensor, scale: Tensor, out: Tensor, bias: Tensor | None) -> None:

@@ -195,12 +195,16 @@ def test_company_changes_no_bit(form: str) -> None:
     assert bool(together[:130].isnan().all()) and bool(together[330:].isnan().all())
 
 
-@pytest.mark.parametrize(("k", "bounds"), [(4096, (0.01, 0.8, 1.0)), (28672, (0.01, 1.2, 2.5))])
-def test_slices_are_closer_than_weights_in_16_bits(k: int, bounds: tuple[float, float, float]) -> None:
-    """To the product of X, in bfloat16, and W: of plain rows by a hundred times and more; of rows of one number a
-    hundred or ten thousand times the others, just above what the scale's power of two takes, about as close."""
+@pytest.mark.parametrize("given", ["random", "just above a power of two"])
+@pytest.mark.parametrize("k", [4096, 28672])
+def test_slices_are_closer_than_weights_in_16_bits(k: int, given: str) -> None:
+    """To the product of X, in bfloat16, and W: of plain rows by twenty times and more; of rows of one number a hundred
+    or ten thousand times the others about as close."""
     x, w, scale = random(384, k), codes(256, k, seed=1), random(256, seed=2, dtype=torch.float32).abs()
-    x[128:256, 7], x[256:, 9] = 128, 8192
+    x[128:256, 7] *= 100
+    x[256:, 9] = 1e4
+    if given != "random":  # of which a scale would be nearly doubled
+        x[128:256, 7], x[256:, 9] = 128, 8192
     values, row_scale = rows.quantize(x, slices=2)
     wanted = x.double() @ (w.double() * scale.double()[:, None]).t()
     shrink = 1 / wanted.abs().amax(1).float()
@@ -210,7 +214,7 @@ def test_slices_are_closer_than_weights_in_16_bits(k: int, bounds: tuple[float, 
     ours = out.double() + known.double() - wanted * shrink[:, None]
     theirs = (x.double() @ (w.float() * scale[:, None]).bfloat16().double().t() - wanted) * shrink[:, None]
     ratio = (ours.square().view(3, -1).mean(1) / theirs.square().view(3, -1).mean(1)).sqrt()
-    assert bool((ratio < torch.tensor(bounds, device=DEVICE)).all()), ratio
+    assert bool((ratio < torch.tensor([0.05, 0.6, 1.5], device=DEVICE)).all()), ratio
 
 
 def test_the_rest_is_rounded_to_the_codes_unit() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -108,6 +109,12 @@ def check_cut_of_16_bits(case: Case) -> None:
         assert torch.equal(rows.quantize(x * 0.25, slices=2)[1], scale * 0.25)
         for unit in (2.0**100, 2.0**-100):
             assert torch.equal(rows.quantize(x * unit, slices=2)[0], codes)
+        for giant in (20.5, 128.5, 8192.5):  # where most are below a 127th of it, no scale is nearly doubled
+            x[:, 1] = giant
+            scale = rows.quantize(x[:-3], slices=2)[1]
+            nearest, doubled = giant / 127, 2.0 ** math.ceil(math.log2(giant / 127))
+            expected = doubled if giant == 20.5 else nearest
+            assert torch.allclose(scale, torch.full_like(scale, expected), rtol=1e-6)
 
 
 def check_quantize_as_the_reference(case: Case) -> None:

@@ -23,13 +23,27 @@ def _scale(top):
 
 
 @triton.jit
-def _scale_of_16_bits(top, SLICES: tl.constexpr):
-    """``_scale`` of a row of bfloat16; of two slices the next power of two, so that its numbers from a 127th of the
-    largest on are cut exactly; and most rests end in zeros, which cost the products less power."""
-    scale = _scale(top)
+def _below(x, scale, inside):
+    """How many numbers of a row are below its ``scale``."""
+    return tl.sum(((tl.abs(x) < scale) & inside).to(tl.int32), 0)
+
+
+@triton.jit
+def _power_of_2(scale, below, d):
+    """The next one, for two slices of a row of bfloat16: its numbers from max / 127 on are then cut exactly, and most
+    rests end in zeros, which cost the products less power. The ``below``, of which that is not true, are cut more
+    coarsely; where that would make the row's error larger (most are, beside a giant) it is ``scale`` itself."""
+    power = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    coarser = power / scale  # NaN for a row of zeros, or one that is not finite
+    return tl.where(below * coarser * coarser <= d, power, scale)
+
+
+@triton.jit
+def _scale_of_16_bits(x, inside, d, SLICES: tl.constexpr):
+    """Of a row of bfloat16, that a program has whole."""
+    scale = _scale(tl.abs(x))
     if SLICES == 2:
-        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-        scale = tl.where(scale == scale, bits.to(tl.float32, bitcast=True), scale)
+        scale = _power_of_2(scale, _below(x, scale, inside), d)
     return scale
 
 
@@ -74,14 +88,20 @@ def _quantize(x_ptr, codes_ptr, scale_ptr, column_ptr, d, stride_x, plane, COLUM
     codes_ptr += row * d
     if ONE_PASS:
         x = _scaled(x_ptr, column_ptr, at, at < d, COLUMN)
-        scale = _scale(tl.abs(x)) if COLUMN else _scale_of_16_bits(tl.abs(x), SLICES)
+        scale = _scale(tl.abs(x)) if COLUMN else _scale_of_16_bits(x, at < d, d, SLICES)
         _store_codes(codes_ptr, at, x, scale, at < d, plane, SLICES)
     else:
         top = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, d, BLOCK):
             x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
             top = tl.maximum(top, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-        scale = _scale(top) if COLUMN else _scale_of_16_bits(top, SLICES)
+        scale = _scale(top)
+        if SLICES == 2 and not COLUMN:
+            below = 0
+            for start in range(0, d, BLOCK):
+                x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
+                below += _below(x, scale, start + at < d)
+            scale = _power_of_2(scale, below, d)
         for start in range(0, d, BLOCK):
             x = _scaled(x_ptr, column_ptr, start + at, start + at < d, COLUMN)
             _store_codes(codes_ptr, start + at, x, scale, start + at < d, plane, SLICES)
@@ -109,7 +129,7 @@ def quantize(x: Tensor, column_scale: Tensor | None = None, slices: int = 1) -> 
 
     In two ``slices`` [2, T, d] it is ``(codes + rest / 256) * scale``: 16 bits, of which the codes are nearest to x,
     and the rest is from -128 to 127. Without ``column_scale`` the scale is a power of two, so that bfloat16 x is met
-    exactly but for numbers below a 127th of their row's largest."""
+    exactly from a 127th of its row's largest on, but for rows that have more below that than it would do good."""
     tokens, d = x.shape
     codes, scale = _room(tokens, d, slices, x)
     assert scale is not None
@@ -191,7 +211,7 @@ def _norm(x_ptr, weight_ptr, y_ptr, scale_ptr, rstd_ptr, d, eps, stride_x, plane
     y = (y * tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)).to(given.dtype)
     if SLICES:
         y = y.to(tl.float32)
-        scale = _scale_of_16_bits(tl.abs(y), SLICES)
+        scale = _scale_of_16_bits(y, inside, d, SLICES)
         _store_codes(y_ptr + row * d, at, y, scale, inside, plane, SLICES)
         tl.store(scale_ptr + row, scale)
     else:
@@ -421,7 +441,7 @@ def _swiglu(gate_ptr, up_ptr, h_ptr, scale_ptr, f, plane, SLICES: tl.constexpr, 
             tl.store(h_ptr + start + at, h, mask=start + at < f)
     elif ONE_PASS:
         h = _gated(gate_ptr, up_ptr, at, at < f).to(tl.float32)
-        scale = _scale_of_16_bits(tl.abs(h), SLICES)
+        scale = _scale_of_16_bits(h, at < f, f, SLICES)
         _store_codes(h_ptr, at, h, scale, at < f, plane, SLICES)
         tl.store(scale_ptr + row, scale)
     else:
@@ -429,7 +449,13 @@ def _swiglu(gate_ptr, up_ptr, h_ptr, scale_ptr, f, plane, SLICES: tl.constexpr, 
         for start in range(0, f, BLOCK):
             h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
             top = tl.maximum(top, tl.abs(h), propagate_nan=tl.PropagateNan.ALL)
-        scale = _scale_of_16_bits(top, SLICES)
+        scale = _scale(top)
+        if SLICES == 2:
+            below = 0
+            for start in range(0, f, BLOCK):
+                h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
+                below += _below(h, scale, start + at < f)
+            scale = _power_of_2(scale, below, f)
         for start in range(0, f, BLOCK):
             h = _gated(gate_ptr, up_ptr, start + at, start + at < f).to(tl.float32)
             _store_codes(h_ptr, start + at, h, scale, start + at < f, plane, SLICES)
