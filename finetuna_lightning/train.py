@@ -202,7 +202,10 @@ def _one_line(program: str, error: BaseException) -> str:
     if isinstance(cause, FinetunaError) and not isinstance(error, FinetunaError):
         error, cause = cause, None
     more = f" ({cause})" if cause and str(cause) not in str(error) and not isinstance(error, FinetunaError) else ""
-    return f"{program}: error: {' '.join(f'{error}{more}'.split())}"
+    near = ""
+    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
+        near = did_you_mean(str(cause.key), map(str, cause.parent_node))  # Hydra only advises to append what was given
+    return f"{program}: error: {' '.join(f'{error}{more}{near}'.split())}"
 
 
 def run_program(program: str, config_name: str, do: Callable[[DictConfig], float | None]) -> None:

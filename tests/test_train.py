@@ -427,6 +427,13 @@ def test_a_misspelt_override_is_one_line_and_exit_code_1() -> None:
     done = program("-m", "finetuna_lightning.train", "adapter.rnk=2")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     assert done.stderr.startswith("finetuna-train: error: Could not override 'adapter.rnk'.")
+    assert done.stderr.endswith("did you mean 'rank'?\n")
+
+
+def test_a_misspelt_override_names_the_nearest_of_its_own_group() -> None:
+    done = program("-m", "finetuna_lightning.train", "trainer.max_step=3")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.endswith("did you mean 'max_steps'?\n")
 
 
 def test_a_missing_file_is_one_line_and_exit_code_1() -> None:
